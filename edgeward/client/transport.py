@@ -1,0 +1,135 @@
+"""HTTP as Edgeward uses it; the only module that imports httpx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from edgeward.errors import (
+    Conflict,
+    EdgewardError,
+    Forbidden,
+    InvalidDocument,
+    NotFound,
+    Unavailable,
+)
+
+_BY_STATUS: dict[int, type[EdgewardError]] = {
+    401: Forbidden,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    429: Unavailable,
+    502: Unavailable,
+    503: Unavailable,
+    504: Unavailable,
+}
+
+
+def error_from(status: int, body: Any, url: str) -> EdgewardError:
+    """The exception for an error answer `{"error": {"message", "hint", "source", "field"}}`."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        error = {"message": f"{url} answered {status}"}
+    message, hint = str(error.get("message", "")), str(error.get("hint", ""))
+    if status in (400, 422):
+        return InvalidDocument(
+            message, source=str(error.get("source", "")), field=str(error.get("field", "")), hint=hint
+        )
+    return _BY_STATUS.get(status, EdgewardError)(message, hint=hint)
+
+
+class Transport:
+    """A small HTTP client with a bearer credential made anew for every request.
+
+    Credentials travel in headers only, never in a URL.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        credential: Callable[[], str] | None = None,
+        timeout: float = 15.0,
+        ca_file: Path | None = None,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise InvalidDocument(
+                f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
+            )
+        self.base_url = base_url.rstrip("/")
+        self._credential = credential
+        self._client = httpx.Client(
+            base_url=self.base_url,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            verify=str(ca_file) if ca_file else True,
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _headers(self, extra: dict[str, str] | None) -> dict[str, str]:
+        headers = dict(extra or {})
+        if self._credential is not None:
+            headers["Authorization"] = f"Bearer {self._credential()}"
+        return headers
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"cannot reach {self.base_url}{path}: {str(error) or type(error).__name__}",
+                hint="is it running, and is the address right?",
+            ) from None
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        content: bytes | Iterator[bytes] | None = None,
+        params: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> httpx.Response:
+        """Raises the EdgewardError that the answer's status stands for, Unavailable when there is none."""
+        with self._translated(path):
+            response = self._client.request(
+                method,
+                path,
+                json=json,
+                content=content,
+                params=params,
+                headers=self._headers(headers),
+                timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout,
+            )
+        if response.status_code >= 400:
+            raise error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+        return response
+
+    @contextmanager
+    def stream(self, path: str, *, headers: dict[str, str] | None = None) -> Iterator[httpx.Response]:
+        """A GET whose body is read piece by piece by the caller."""
+        with (
+            self._translated(path),
+            self._client.stream("GET", path, headers=self._headers(headers)) as response,
+        ):
+            if response.status_code >= 400:
+                response.read()
+                raise error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+            yield response
+
+
+def _json_or_none(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None

@@ -1,0 +1,200 @@
+"""One MQTT v5 connection (paho-mqtt) that comes back by itself; the only module that imports paho."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edgeward.errors import InvalidDocument
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Broker:
+    """Where the broker is. `url` is `mqtt://host[:port]` or `mqtts://host[:port]`; files are PEM."""
+
+    url: str
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+
+    def endpoint(self) -> tuple[str, int, bool]:
+        """Host, port and whether to use TLS. Raises InvalidDocument."""
+        parts = urllib.parse.urlsplit(self.url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == -1:
+            raise InvalidDocument(
+                f"{self.url!r} is not a broker address", hint="expected mqtt://host:1883 or mqtts://host:8883"
+            )
+        tls = parts.scheme == "mqtts"
+        return parts.hostname, port or (8883 if tls else 1883), tls
+
+
+@dataclass(frozen=True)
+class Message:
+    """A received message. With `manual_ack`, `acknowledge` must be called once it is safely handled."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    acknowledge: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Will:
+    topic: str
+    payload: bytes
+
+
+class Link:
+    """Connects in the background, subscribes again after each reconnect, and calls back from its own thread.
+
+    `on_connect` runs after every (re)connect, when the subscriptions have been requested: the place
+    to publish retained state again, since a broker that was killed may have forgotten it.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        client_id: str,
+        *,
+        subscriptions: tuple[str, ...] = (),
+        on_message: Callable[[Message], None] | None = None,
+        on_connect: Callable[[], None] | None = None,
+        on_disconnect: Callable[[], None] | None = None,
+        will: Will | None = None,
+        manual_ack: bool = False,
+        max_reconnect_delay: float = 30.0,
+        receive_maximum: int = 100,
+    ) -> None:
+        self._broker = broker
+        self._subscriptions = subscriptions
+        self._on_message = on_message
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._manual_ack = manual_ack
+        self._client = Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=MQTTProtocolVersion.MQTTv5,
+            manual_ack=manual_ack,
+        )
+        self._client.reconnect_delay_set(min_delay=1, max_delay=max(1, int(max_reconnect_delay)))
+        self._client.max_queued_messages_set(10_000)
+        self._connect_properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
+        self._connect_properties.ReceiveMaximum = receive_maximum
+        if will is not None:
+            self._client.will_set(will.topic, will.payload, qos=1, retain=True)
+        self._client.on_connect = self._connected
+        self._client.on_disconnect = self._disconnected
+        self._client.on_message = self._received
+
+    @property
+    def connected(self) -> bool:
+        return self._client.is_connected()
+
+    def start(self) -> None:
+        """Begin to connect; returns at once. Raises InvalidDocument for an impossible address."""
+        host, port, tls = self._broker.endpoint()
+        if tls:
+            context = ssl.create_default_context(
+                cafile=str(self._broker.ca_file) if self._broker.ca_file else None
+            )
+            if self._broker.certificate_file and self._broker.key_file:
+                context.load_cert_chain(self._broker.certificate_file, self._broker.key_file)
+            self._client.tls_set_context(context)
+        self._client.connect_async(
+            host, port, keepalive=30, clean_start=True, properties=self._connect_properties
+        )
+        self._client.loop_start()
+
+    def stop(self) -> None:
+        """Disconnect cleanly (no will) and end the network thread."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        """Hand a message to the network thread; True when it was accepted for sending.
+
+        That is no promise of delivery: durability comes from acks of the other end.
+        """
+        info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def subscribe(self, *topics: str) -> None:
+        """Add subscriptions, now and after each reconnect."""
+        self._subscriptions = tuple(dict.fromkeys(self._subscriptions + topics))
+        if self.connected:
+            self._request(topics)
+
+    def unsubscribe(self, *topics: str) -> None:
+        self._subscriptions = tuple(topic for topic in self._subscriptions if topic not in topics)
+        if self.connected and topics:
+            self._client.unsubscribe(list(topics))
+
+    def _request(self, topics: tuple[str, ...]) -> None:
+        if topics:
+            self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
+
+    def _connected(
+        self,
+        client: Client,
+        userdata: Any,
+        flags: ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if reason.is_failure:
+            log.warning("broker %s refused the connection: %s", self._broker.url, reason)
+            return
+        log.info("connected to broker %s", self._broker.url)
+        self._request(self._subscriptions)
+        if self._on_connect is not None:
+            self._guarded(self._on_connect)
+
+    def _disconnected(
+        self,
+        client: Client,
+        userdata: Any,
+        flags: DisconnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        log.info("disconnected from broker %s: %s", self._broker.url, reason)
+        if self._on_disconnect is not None:
+            self._guarded(self._on_disconnect)
+
+    def _received(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        mid, qos = message.mid, message.qos
+
+        def acknowledge() -> None:
+            if self._manual_ack:
+                client.ack(mid, qos)
+
+        if self._on_message is not None:
+            received = Message(message.topic, bytes(message.payload), message.retain, acknowledge)
+            handler = self._on_message
+            self._guarded(lambda: handler(received))
+
+    def _guarded(self, callback: Callable[[], None]) -> None:
+        """A bug in a handler must not end paho's thread: it would look like a silent network."""
+        try:
+            callback()
+        except Exception:
+            log.exception("an MQTT handler failed")

@@ -1,0 +1,1 @@
+"""Keys, certificates, signed documents and device tokens."""

@@ -1,0 +1,138 @@
+"""What a device says of itself: birth and will, reported state, and the small report for gates.
+
+`boot` counts starts of the agent and `n` messages since that start; (boot, n) only grows, so a
+receiver drops a replayed message by comparing. `*_at` are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from msgspec import Struct
+
+from edgeward.wire.desired import ModelRef
+
+
+class Phase(StrEnum):
+    """A slot's lifecycle phase (`agent/lifecycle.py` holds the transition table)."""
+
+    PENDING = "Pending"
+    DOWNLOADING = "Downloading"
+    VERIFYING = "Verifying"
+    STAGED = "Staged"
+    SELF_TEST = "SelfTest"
+    SHADOW = "Shadow"
+    ACTIVE = "Active"
+    DEGRADED = "Degraded"
+    ROLLING_BACK = "RollingBack"
+    QUARANTINED = "Quarantined"
+    HELD = "Held"
+
+
+class Accelerator(Struct, frozen=True):
+    kind: str
+    name: str
+    memory_bytes: int = 0
+
+
+class Inventory(Struct, frozen=True):
+    """What the device is: facts, found on the device itself."""
+
+    architecture: str = ""
+    cpus: int = 0
+    memory_bytes: int = 0
+    runtimes: dict[str, str] = {}
+    providers: list[str] = []
+    accelerators: list[Accelerator] = []
+    node: dict[str, str] = {}
+
+
+class Status(Struct, frozen=True):
+    """Birth (`online`) and, signed ahead as the last will, `offline`."""
+
+    boot: int
+    n: int
+    at: float
+    state: Literal["online", "offline"]
+    agent_version: str = ""
+    epoch: str = ""
+    inventory: Inventory = Inventory()
+
+
+class SlotReport(Struct, frozen=True):
+    """One slot: the phase of the newest wish for it, and what it really runs meanwhile.
+
+    `measured` and `limit` say by how much a check failed or what is waited for.
+    """
+
+    phase: Phase
+    reason: str = ""
+    message: str = ""
+    measured: float | None = None
+    limit: float | None = None
+    since: float = 0.0
+    deadline: float | None = None
+    target: ModelRef | None = None
+    running: ModelRef | None = None
+    previous: ModelRef | None = None
+    variant: str = ""
+    provider: str = ""
+
+
+class Condition(Struct, frozen=True, rename="camel"):
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str = ""
+    message: str = ""
+    last_transition_time: float = 0.0
+    observed_generation: int = 0
+
+
+class Reported(Struct, frozen=True):
+    """`observed_generation` is the newest desired generation the device has accepted as genuine."""
+
+    boot: int
+    n: int
+    at: float
+    observed_generation: int
+    slots: dict[str, SlotReport]
+    conditions: list[Condition] = []
+    quarantined: list[str] = []
+
+
+class StreamReport(Struct, frozen=True):
+    """Figures of one stream since the last report, for one model digest.
+
+    `latency_ms` holds p50/p95 of one inference call; `psi` the population stability index of each
+    live feature against the package's baseline (Siddiqi 2006; > 0.25 is a significant shift), over
+    the last `psi_rows` rows.
+    """
+
+    stream: str
+    digest: str
+    rows: int
+    alarms: int
+    rejected: int
+    errors: int
+    score_mean: float | None = None
+    latency_ms: dict[str, float] = {}
+    psi: dict[str, float] = {}
+    psi_rows: int = 0
+
+
+class OutboxReport(Struct, frozen=True):
+    rows: int
+    bytes: int
+    acked: int
+    gaps: int
+
+
+class Report(Struct, frozen=True):
+    boot: int
+    n: int
+    at: float
+    seconds: float
+    streams: list[StreamReport]
+    outbox: OutboxReport
+    rss_bytes: int = 0

@@ -1,0 +1,338 @@
+"""Resources: the documents people write and read, Kubernetes-shaped.
+
+`apiVersion, kind, metadata, spec, status`; unknown fields are refused, with the path that is wrong.
+One struct per kind is the only declaration: the API, the CLI and the controller's tables use it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edgeward.errors import InvalidDocument
+from edgeward.identifiers import check_digest, check_name
+from edgeward.wire import API_VERSION
+
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+TopicText = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^+#\x00]+$")]
+
+
+class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
+    """`generation` counts changes of the spec, `resource_version` every change; both are set by the controller."""
+
+    name: str
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    generation: int = 0
+    resource_version: str = ""
+    creation_timestamp: float = 0.0
+
+
+class SpecStruct(Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
+    """Base of every spec: camelCase on the wire, unknown fields refused."""
+
+
+# --- Site, Device, Fleet, Model -------------------------------------------------------------------
+
+
+class Residency(SpecStruct, frozen=True):
+    """Which lanes may leave the site towards the cloud. Raw inputs stay by default."""
+
+    forward: list[Literal["alarm", "result", "trend", "sample"]] = msgspec.field(
+        default_factory=lambda: ["trend"]
+    )
+
+
+class SiteSpec(SpecStruct, frozen=True):
+    description: str = ""
+    residency: Residency = Residency()
+
+
+class DeviceSpec(SpecStruct, frozen=True):
+    """Created by enrolment; `site` cannot change. A revoked device is refused at every endpoint."""
+
+    site: str
+    revoked: bool = False
+
+
+class FleetSpec(SpecStruct, frozen=True):
+    """The devices whose labels equal every pair of `match_labels`, and the streams they run.
+
+    Each device has the labels `site` and `device` besides its own.
+    """
+
+    match_labels: Annotated[dict[str, str], Meta(min_length=1)]
+    streams: list[str] = []
+
+
+class ModelSpec(SpecStruct, frozen=True):
+    description: str = ""
+
+
+class ModelVersionSpec(SpecStruct, frozen=True):
+    """Made by publishing a signed package, never by `apply`. The signed manifest is the whole truth."""
+
+    model: str
+    version: Positive
+    digest: str
+    manifest: dict[str, Any]
+
+
+# --- Stream ---------------------------------------------------------------------------------------
+
+
+class MqttSource(SpecStruct, frozen=True):
+    """Samples from an MQTT topic. `{site}` and `{device}` in the topic are filled in on the device.
+
+    JSON object per message, or an array of them: `time` names the field with the event time (seconds
+    since 1970; absent: arrival), `values` the object that holds the features (empty: the message itself),
+    `key` an optional field that tells several sensors on one topic apart.
+
+    With `sequence`, each message also carries `epoch` and `seq`; the agent acknowledges on
+    `{topic}/ack` with `{"epoch", "seq"}` once the rows made from them are durable, and drops repeats.
+    """
+
+    topic: TopicText
+    format: Literal["json"] = "json"
+    time: str = ""
+    values: str = ""
+    key: str = ""
+    sequence: bool = False
+
+
+class Source(SpecStruct, frozen=True):
+    mqtt: MqttSource
+
+
+class Window(SpecStruct, frozen=True):
+    """Tumbling window per stream: closes after `count` samples or `timeout` seconds after its first one.
+
+    `aggregate` `none` infers each sample of the window (one call for all of them); `mean` infers once,
+    on the mean of each feature per key.
+    """
+
+    count: Annotated[int, Meta(ge=1, le=4096)] = 1
+    timeout: Seconds = 1.0
+    aggregate: Literal["none", "mean"] = "none"
+
+
+class Action(SpecStruct, frozen=True):
+    """What to do at once when the package's decision is an alarm. Works without any network beyond the local broker."""
+
+    name: str
+    publish: TopicText
+
+
+class Publish(SpecStruct, frozen=True):
+    """What goes up: each result or none, trends per `trend_bucket` seconds of event time, raw samples only if asked."""
+
+    results: Literal["all", "none"] = "all"
+    samples: Literal["all", "none"] = "none"
+    trend_bucket: Seconds = 60.0
+
+
+class StreamSpec(SpecStruct, frozen=True):
+    """source -> window -> features -> model slot -> actions -> what to publish.
+
+    `features` name the model's inputs in the model's order.
+    """
+
+    source: Source
+    features: Annotated[list[str], Meta(min_length=1)]
+    slot: str = "default"
+    window: Window = Window()
+    actions: list[Action] = []
+    publish: Publish = Publish()
+
+
+# --- Rollout --------------------------------------------------------------------------------------
+
+
+class Wave(SpecStruct, frozen=True):
+    """Either a number of devices or a share (0-1] of the fleet, cumulative; the last wave must reach all."""
+
+    count: Positive | None = None
+    share: Annotated[float, Meta(gt=0, le=1)] | None = None
+
+
+class Gate(SpecStruct, frozen=True):
+    """What a wave must show before the next starts: the share of its devices on the new version.
+
+    `soak` seconds must pass with the share held; `max_psi` bounds the drift figure that its devices report.
+    """
+
+    min_success: Fraction = 1.0
+    soak: Annotated[float, Meta(ge=0)] = 0.0
+    max_psi: float | None = None
+
+
+class RolloutSpec(SpecStruct, frozen=True):
+    """A model version to a fleet. `deadline` seconds bound each wave; then the rollout halts with a reason."""
+
+    fleet: str
+    model: str
+    version: Positive
+    slot: str = "default"
+    waves: Annotated[list[Wave], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: [Wave(count=1), Wave(share=1.0)]
+    )
+    gate: Gate = Gate()
+    deadline: Seconds = 600.0
+    paused: bool = False
+
+
+class RolloutEvent(Struct, frozen=True, rename="camel"):
+    """One line of a rollout's timeline."""
+
+    at: float
+    reason: str
+    message: str
+    wave: int = 0
+    device: str = ""
+    measured: float | None = None
+    limit: float | None = None
+
+
+class WaveStatus(Struct, frozen=True, rename="camel"):
+    devices: list[str]
+    started_at: float
+    succeeded: int = 0
+    failed: int = 0
+    passed_at: float | None = None
+    held_since: float | None = None
+
+
+class RolloutStatus(Struct, frozen=True, rename="camel"):
+    phase: Literal["Pending", "Progressing", "Paused", "Halted", "Complete", "Superseded"] = "Pending"
+    reason: str = ""
+    message: str = ""
+    observed_generation: int = 0
+    devices: int = 0
+    updated: int = 0
+    waves: list[WaveStatus] = []
+    timeline: list[RolloutEvent] = []
+
+
+Kind = Literal["Site", "Device", "Fleet", "Model", "ModelVersion", "Stream", "Rollout"]
+
+SPECS: dict[str, type[SpecStruct]] = {
+    "Site": SiteSpec,
+    "Device": DeviceSpec,
+    "Fleet": FleetSpec,
+    "Model": ModelSpec,
+    "ModelVersion": ModelVersionSpec,
+    "Stream": StreamSpec,
+    "Rollout": RolloutSpec,
+}
+
+#: Kinds a person may write with `apply`; in the order in which they may refer to one another.
+APPLICABLE = ("Site", "Model", "Stream", "Fleet", "Device", "Rollout")
+
+PLURALS = {kind.lower() + "s": kind for kind in SPECS}
+
+
+class Resource(Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
+    """The envelope of every resource. `spec` is one of SPECS, chosen by `kind`."""
+
+    api_version: str = API_VERSION
+    kind: str
+    metadata: Metadata
+    spec: Any = {}
+    status: dict[str, Any] = {}
+
+
+def kind_of(word: str) -> str:
+    """The kind meant by `rollout`, `rollouts` or `Rollout`. Raises InvalidDocument for anything else."""
+    for kind in SPECS:
+        if word.lower() in (kind.lower(), kind.lower() + "s"):
+            return kind
+    raise InvalidDocument(f"unknown kind {word!r}", field="kind", hint=f"one of {', '.join(SPECS)}")
+
+
+def _strip(message: str) -> tuple[str, str]:
+    """Split msgspec's "... - at `$.a.b`" into message and field path."""
+    text, _, where = message.partition(" - at `")
+    return text, where.rstrip("`").removeprefix("$").removeprefix(".")
+
+
+def _convert(value: Any, type_: Any, source: str, prefix: str) -> Any:
+    try:
+        return msgspec.convert(value, type=type_)
+    except msgspec.ValidationError as error:
+        text, field = _strip(str(error))
+        where = ".".join(part for part in (prefix, field) if part).replace(".[", "[")
+        raise InvalidDocument(text, source=source, field=where) from None
+
+
+def parse_resource(document: Any, *, source: str = "") -> Resource:
+    """A checked resource from a plain mapping (YAML or JSON).
+
+    Raises InvalidDocument naming `source` and the field, for a wrong type, an unknown field, an
+    unknown kind or API version, a bad name or an inconsistent spec.
+    """
+    if not isinstance(document, dict):
+        raise InvalidDocument(
+            f"expected a mapping with apiVersion, kind, metadata and spec, got {type(document).__name__}",
+            source=source,
+        )
+    resource: Resource = _convert(document, Resource, source, "")
+    if resource.api_version != API_VERSION:
+        raise InvalidDocument(
+            f"expected {API_VERSION}, got {resource.api_version!r}", source=source, field="apiVersion"
+        )
+    if resource.kind not in SPECS:
+        raise InvalidDocument(
+            f"unknown kind {resource.kind!r}", source=source, field="kind", hint=f"one of {', '.join(SPECS)}"
+        )
+    check_name(resource.metadata.name, "metadata.name", source)
+    resource.spec = _convert(resource.spec, SPECS[resource.kind], source, "spec")
+    try:
+        _check(resource.spec)
+    except InvalidDocument as error:
+        raise InvalidDocument(error.problem, source=source, field=error.field, hint=error.hint) from None
+    return resource
+
+
+def _check(spec: SpecStruct) -> None:
+    """What types alone cannot say."""
+    match spec:
+        case RolloutSpec():
+            check_name(spec.fleet, "spec.fleet")
+            check_name(spec.model, "spec.model")
+            check_name(spec.slot, "spec.slot")
+            for index, wave in enumerate(spec.waves):
+                if (wave.count is None) == (wave.share is None):
+                    raise InvalidDocument(
+                        "expected exactly one of count and share", field=f"spec.waves[{index}]"
+                    )
+            if spec.waves[-1].share != 1.0:
+                raise InvalidDocument(
+                    "the last wave must reach the whole fleet: expected share: 1.0",
+                    field=f"spec.waves[{len(spec.waves) - 1}]",
+                )
+            if spec.gate.max_psi is not None and not math.isfinite(spec.gate.max_psi):
+                raise InvalidDocument("expected a finite number", field="spec.gate.maxPsi")
+        case StreamSpec():
+            check_name(spec.slot, "spec.slot")
+            if len(set(spec.features)) != len(spec.features):
+                raise InvalidDocument("feature names repeat", field="spec.features")
+            for index, action in enumerate(spec.actions):
+                check_name(action.name, f"spec.actions[{index}].name")
+        case FleetSpec():
+            for index, stream in enumerate(spec.streams):
+                check_name(stream, f"spec.streams[{index}]")
+        case DeviceSpec():
+            check_name(spec.site, "spec.site")
+        case ModelVersionSpec():
+            check_name(spec.model, "spec.model")
+            check_digest(spec.digest, "spec.digest")
+
+
+def model_version_name(model: str, version: int) -> str:
+    """The resource name of a model version: `{model}-v{version}`."""
+    return f"{model}-v{version}"
