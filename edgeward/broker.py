@@ -1,0 +1,157 @@
+"""The embedded MQTT broker: rumqttd from the `iotcore` wheel, in a process of its own.
+
+For demos, tests and a first site. It has no topic ACL and keeps nothing over a restart; that is safe
+because every message is signed end to end and every row waits for the trend store's own ack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from edgeward.errors import EdgewardError, MissingDependency
+
+_CONFIG = """\
+id = 0
+
+[router]
+id = 0
+max_connections = 10010
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+initialized_filters = []
+
+[v5.1]
+name = "v5"
+listen = "{host}:{port}"
+next_connection_delay_ms = 1
+
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 20971520
+max_inflight_count = 200
+dynamic_filters = true
+"""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def accepts(host: str, port: int) -> bool:
+    """Whether something accepts TCP connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+class EmbeddedBroker:
+    """Starts, stops and, for fault tests, kills the broker; it comes back on the same port."""
+
+    def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1") -> None:
+        self.host = host
+        self.port = port or free_port(host)
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self, timeout: float = 15.0) -> None:
+        """Return once connections are accepted.
+
+        Raises MissingDependency without the wheel, EdgewardError when the port is taken or it ends.
+        """
+        if importlib.util.find_spec("iotcore") is None:
+            raise MissingDependency(
+                "the embedded broker is not installed",
+                hint="pip install 'edgeward[broker]', or pass --broker",
+            )
+        if accepts(self.host, self.port):
+            raise EdgewardError(
+                f"port {self.port} on {self.host} is taken", hint="choose another port, or pass --broker"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        config = self._folder / "rumqttd.toml"
+        config.write_text(_CONFIG.format(host=self.host, port=self.port))
+        with (self._folder / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edgeward.broker", str(config)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + timeout
+        while not accepts(self.host, self.port):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise EdgewardError(
+                    "the embedded broker did not start", hint=f"see {self._folder}/broker.log"
+                )
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a power cut would: SIGKILL, nothing flushed."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(how)
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def __enter__(self) -> EmbeddedBroker:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def _serve(config: str) -> None:
+    """Run the broker in this process until it is told to end or its parent closes our standard input."""
+    # The native module, since iotcore.Broker would put a child of its own between us and the signal.
+    from iotcore.iotcore import IotCoreBroker
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # rumqttd routes inside error_span!, which arrives here as one ERROR record for every packet.
+    logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
+    IotCoreBroker(config_path=config).run_forever()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
