@@ -1,7 +1,106 @@
+"""`edgeward simulate ...` and `edgeward broker`."""
+
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from edgeward.errors import EdgewardError, MissingDependency, UsageError
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
+    simulate = typer.Typer(help="Stand in for a plant: sensors, and the whole demo.", no_args_is_help=True)
+    simulate.command(name="sensors")(sensors)
+    simulate.command(name="demo")(demo)
+    app.add_typer(simulate, name="simulate")
+    app.command(name="broker")(broker)
+
+
+def sensors(
+    data: Annotated[Path, typer.Option("--data", help="CSV file; a column `label` is never sent.")],
+    broker: Annotated[str, typer.Option("--broker", help="mqtt://host:port")],
+    topic: Annotated[str, typer.Option("--topic", help="The topic that the stream's source names.")],
+    device: Annotated[str, typer.Option("--device", help="The device that reads it (for --produced).")],
+    stream: Annotated[str, typer.Option("--stream", help="The stream that reads it (for --produced).")],
+    rate: Annotated[float, typer.Option("--rate", min=0.001, help="Rows per second of real time.")],
+    batch: Annotated[int, typer.Option("--batch", min=1, max=1000, help="Rows per message at most.")] = 16,
+    speed: Annotated[
+        float, typer.Option("--speed", min=0.001, help="Event clock: times faster than real time.")
+    ] = 1.0,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="Rows that may wait for the agent's ack.")
+    ] = 512,
+    produced: Annotated[
+        Path | None, typer.Option("--produced", help="Append here, as JSON lines, what was produced.")
+    ] = None,
+    rows: Annotated[str, typer.Option("--rows", help="a:b, row numbers, or shares as 0.7:1.0.")] = ":",
+) -> None:
+    """Replay a CSV file as a live sensor until the agent has every row durably.
+
+    Example: `edgeward simulate sensors --data held-out.csv --broker mqtt://127.0.0.1:1883
+    --topic plant/north/turbine-1 --device turbine-1 --stream vibration --rate 100`
+    """
+    from edgeward.mqtt import Broker
+    from simulators.sensors import Replay, Sensor, read_samples
+
+    if any(sign in topic for sign in "+#"):
+        raise UsageError("a topic to publish on has no + or #", hint="e.g. plant/north/turbine-1")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    replay = Replay(topic, device, stream, rate=rate, speed=speed, batch=batch, window=window)
+    sensor = Sensor(Broker(broker), replay, read_samples(data, rows), produced=produced)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sensor.stop())
+    progress = sensor.run(report=lambda now: print(f"{device}: {now}", file=sys.stderr, flush=True))
+    print(f"{device}: all {progress.total} rows are durable, {progress.repeats} repeats", flush=True)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for everything it makes; replaced.")],
+    summary: Annotated[Path | None, typer.Option("--summary", help="Write the summary here as JSON.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Leave all running afterwards, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", help="The controller's port; 0: a free one.")] = 0,
+    configs: Annotated[
+        Path | None, typer.Option("--configs", help="Folder with demo/ and demo-rollouts/.")
+    ] = None,
+) -> None:
+    """Run the main job end to end with real parts and real data, faults included.
+
+    Example: `edgeward simulate demo --dir /tmp/edgeward-demo --summary summary.json`
+    """
+    try:
+        from simulators.demo.run import run
+    except ImportError as error:
+        raise MissingDependency(
+            f"{error.name} is not installed", hint="pip install 'edgeward[demo]'"
+        ) from None
+    if not run(folder, summary=summary, serve=serve, port=port, configs=configs):
+        raise typer.Exit(1)
+
+
+def broker(
+    port: Annotated[int, typer.Option("--port", help="TCP port to listen on.")] = 1883,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for its configuration and log.")] = Path(
+        ".edgeward/broker"
+    ),
+) -> None:
+    """Run the embedded MQTT v5 broker. Example: `edgeward broker --port 1883`"""
+    from edgeward.broker import EmbeddedBroker, accepts
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with EmbeddedBroker(folder, port, host) as embedded:
+        print(f"edgeward broker ready at {embedded.url}", flush=True)
+        while not stop.wait(0.5):
+            if not accepts(host, embedded.port):
+                raise EdgewardError("the broker ended by itself", hint=f"see {folder}/broker.log")

@@ -1,0 +1,82 @@
+"""Children end with their parent's context, whatever happens."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeward.errors import EdgewardError
+from simulators.processes import Processes
+
+READY = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+    "print('worker', worker.pid, flush=True); print('ready', flush=True); time.sleep(60)",
+]
+
+
+def gone(pid):
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_all_end_when_the_context_is_left_by_an_error(tmp_path):
+    with pytest.raises(RuntimeError), Processes(tmp_path) as processes:
+        child = processes.start("sleeper", READY)
+        child.wait_ready("ready", 10)
+        raise RuntimeError
+    assert gone(child.pid)
+
+
+def test_a_child_that_ignores_sigterm_ends_with_its_workers(tmp_path):
+    with Processes(tmp_path) as processes:
+        child = processes.start("stubborn", STUBBORN)
+        child.wait_ready("ready", 10)
+        worker = int(child.said().split()[1])
+        os.kill(worker, 0)
+        child.stop(timeout=0.2)
+        assert gone(child.pid)
+        assert gone(worker)
+
+
+def test_ready_counts_from_the_last_start(tmp_path):
+    with Processes(tmp_path) as processes:
+        child = processes.start("sleeper", READY)
+        child.wait_ready("ready", 10)
+        child.kill()
+        assert not child.running
+        child.start()
+        assert "ready" not in child.said() or child.running
+        child.wait_ready("ready", 10)
+
+
+def test_an_early_end_is_told_with_the_log(tmp_path):
+    with Processes(tmp_path) as processes:
+        child = processes.start("failing", [sys.executable, "-c", "raise SystemExit('no such port')"])
+        with pytest.raises(EdgewardError, match="no such port"):
+            child.wait_ready("ready", 10)
+
+
+def test_a_deadline_says_what_was_waited_for(tmp_path):
+    with Processes(tmp_path) as processes:
+        child = processes.start("sleeper", READY)
+        with pytest.raises(EdgewardError, match="sleeper to say 'never'"):
+            child.wait_ready("never", 0.3)
+
+
+def test_a_failed_command_carries_its_error_text(tmp_path):
+    with Processes(tmp_path) as processes, pytest.raises(EdgewardError, match="field x is wrong"):
+        processes.run("check", [sys.executable, "-c", "import sys; sys.exit('field x is wrong')"], 10)
