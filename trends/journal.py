@@ -1,0 +1,194 @@
+"""The trend store's journal: durable before it is acknowledged.
+
+One SQLite file (WAL, synchronous=FULL). Rows wait here until the Delta table that holds them is on
+disk; the position of each (site, device, epoch, lane) stays for ever, since it is what tells a repeat
+from a new row.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeward.identifiers import DeviceName
+from edgeward.wire.topics import Lane
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS position (
+    site TEXT, device TEXT, epoch TEXT, lane TEXT, expected INTEGER NOT NULL,
+    PRIMARY KEY (site, device, epoch, lane)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS journal (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    site TEXT, device TEXT, epoch TEXT, lane TEXT, seq INTEGER, received INTEGER, row BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS gap (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    site TEXT, device TEXT, epoch TEXT, lane TEXT, first_seq INTEGER, last_seq INTEGER, reason TEXT,
+    first_event_time INTEGER, last_event_time INTEGER, received INTEGER);
+CREATE TABLE IF NOT EXISTS quarantine (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    received INTEGER, topic TEXT, seq INTEGER, reason TEXT, row BLOB);
+CREATE TABLE IF NOT EXISTS certificate (keyid TEXT PRIMARY KEY, der BLOB NOT NULL) WITHOUT ROWID;
+"""
+
+#: Refused rows are evidence, not data: a flood of them must not fill the disk.
+MAX_QUARANTINED = 10_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One journal row; `row` is MessagePack of the lane's row type, `received` microseconds since 1970."""
+
+    id: int
+    site: str
+    device: str
+    epoch: str
+    seq: int
+    received: int
+    row: bytes
+
+
+@dataclass(frozen=True)
+class GapRow:
+    """Rows `first_seq .. last_seq` that nobody holds any more."""
+
+    id: int
+    site: str
+    device: str
+    epoch: str
+    lane: str
+    first_seq: int
+    last_seq: int
+    reason: str
+    first_event_time: int
+    last_event_time: int
+    received: int
+
+
+class Journal:
+    """Thread-safe; every write happens inside `transaction`, which is durable when it returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # positions and rows
+
+    def expected(self, name: DeviceName, epoch: str, lane: Lane) -> int | None:
+        """The lowest sequence number not stored yet, None for an epoch never seen."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT expected FROM position WHERE site=? AND device=? AND epoch=? AND lane=?",
+                (*name, epoch, lane),
+            ).fetchone()
+        return None if row is None else int(row[0])
+
+    def set_expected(self, name: DeviceName, epoch: str, lane: Lane, expected: int) -> None:
+        self._db.execute(
+            "INSERT INTO position VALUES (?,?,?,?,?)"
+            " ON CONFLICT DO UPDATE SET expected = max(expected, excluded.expected)",
+            (*name, epoch, lane, expected),
+        )
+
+    def append(
+        self, name: DeviceName, epoch: str, lane: Lane, received: int, rows: Iterable[tuple[int, bytes]]
+    ) -> None:
+        """Add `(seq, MessagePack row)` pairs."""
+        self._db.executemany(
+            "INSERT INTO journal (site, device, epoch, lane, seq, received, row) VALUES (?,?,?,?,?,?,?)",
+            ((*name, epoch, lane, seq, received, row) for seq, row in rows),
+        )
+
+    def append_gap(
+        self,
+        name: DeviceName,
+        epoch: str,
+        lane: Lane,
+        received: int,
+        span: tuple[int, int],
+        reason: str,
+        times: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO gap (site, device, epoch, lane, first_seq, last_seq, reason,"
+            " first_event_time, last_event_time, received) VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (*name, epoch, lane, *span, reason, *times, received),
+        )
+
+    # what was refused
+
+    def quarantine(self, received: int, topic: str, seq: int | None, reason: str, row: bytes) -> None:
+        """Keep a refused row or message with the reason; the oldest go when there are too many."""
+        self._db.execute(
+            "INSERT INTO quarantine (received, topic, seq, reason, row) VALUES (?,?,?,?,?)",
+            (received, topic[:512], seq, reason[:1024], row[:4096]),
+        )
+        self._db.execute(
+            "DELETE FROM quarantine WHERE id <= (SELECT max(id) FROM quarantine) - ?", (MAX_QUARANTINED,)
+        )
+
+    def quarantined(self) -> list[tuple[str, int | None, str]]:
+        """`(topic, seq, reason)` of everything refused, oldest first."""
+        with self._lock:
+            return self._db.execute("SELECT topic, seq, reason FROM quarantine ORDER BY id").fetchall()
+
+    # certificates seen in births
+
+    def remember_certificate(self, keyid: str, der: bytes) -> None:
+        self._db.execute("INSERT OR IGNORE INTO certificate VALUES (?,?)", (keyid, der))
+
+    def certificate(self, keyid: str) -> bytes | None:
+        with self._lock:
+            row = self._db.execute("SELECT der FROM certificate WHERE keyid=?", (keyid,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    # towards the tables
+
+    def waiting(self, lane: Lane, limit: int) -> list[Stored]:
+        """The oldest `limit` rows of a lane that are not known to be in its table."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT id, site, device, epoch, seq, received, row FROM journal WHERE lane=? ORDER BY id LIMIT ?",
+                (lane, limit),
+            ).fetchall()
+        return [Stored(*row) for row in rows]
+
+    def waiting_gaps(self, limit: int) -> list[GapRow]:
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM gap ORDER BY id LIMIT ?", (limit,)).fetchall()
+        return [GapRow(*row) for row in rows]
+
+    def count(self) -> int:
+        """Rows that wait for a table."""
+        with self._lock:
+            return int(self._db.execute("SELECT count(*) FROM journal").fetchone()[0])
+
+    def forget_rows(self, lane: Lane, last_id: int) -> None:
+        """Drop rows up to `last_id`: their table is on disk."""
+        with self.transaction():
+            self._db.execute("DELETE FROM journal WHERE lane=? AND id<=?", (lane, last_id))
+
+    def forget_gaps(self, last_id: int) -> None:
+        with self.transaction():
+            self._db.execute("DELETE FROM gap WHERE id<=?", (last_id,))
