@@ -1,7 +1,213 @@
+"""`edgeward trends`: the on-premises trend store."""
+
 from __future__ import annotations
 
+import csv
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from edgeward.errors import MissingDependency, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from trends.store import Store
+
+out = Console(highlight=False)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The trend store's folder.")]
+ROWS_SHOWN = 200
 
 
 def register(app: typer.Typer) -> None:
-    """Add this package's commands to `app`."""
+    trends = typer.Typer(help="The on-premises trend store: ingest, tables, queries.", no_args_is_help=True)
+    trends.command()(enroll)
+    trends.command()(serve)
+    trends.command()(query)
+    trends.command()(verify)
+    app.add_typer(trends, name="trends")
+
+
+def _open(folder: Path) -> Store:
+    try:
+        from trends.store import Store
+    except ImportError as error:
+        raise MissingDependency(
+            f"{error.name} is not installed", hint="pip install 'edgeward[trends]'"
+        ) from None
+    return Store(folder)
+
+
+def enroll(
+    url: Annotated[str, typer.Option("--url", envvar="EDGEWARD_URL", help="The controller's address.")],
+    token_file: Annotated[Path, typer.Option("--token-file", help="File with a token of role `store`.")],
+    name: Annotated[str, typer.Option("--name", help="The trend store's name.")],
+    folder: Folder,
+) -> None:
+    """Get this trend store its identity.
+
+    Example: `edgeward trends enroll --url http://127.0.0.1:8470 --token-file store.token --name plant --dir store`
+    """
+    from trends.store import enroll as do
+
+    try:
+        token = token_file.read_text().strip()
+    except OSError as error:
+        raise UsageError(f"cannot read {token_file}: {error.strerror}") from None
+    answer = do(folder, url, token, name)
+    out.print(f"enrolled trend store {answer.name} for {', '.join(answer.sites)}")
+
+
+def serve(
+    folder: Folder,
+    broker: Annotated[
+        str | None, typer.Option(help="mqtt:// or mqtts:// address; default: as enrolled.")
+    ] = None,
+) -> None:
+    """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
+
+    Example: `edgeward trends serve --dir store`
+    """
+    from edgeward.clock import SystemClock
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    store = _open(folder)
+    stop, ready = threading.Event(), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    def announce() -> None:
+        ready.wait()
+        print(f"edgeward trend store {store.enrollment.name} ready in {folder}", flush=True)
+
+    threading.Thread(target=announce, daemon=True).start()
+    try:
+        store.serve(broker, SystemClock(), stop, ready)
+    finally:
+        store.close()
+
+
+def query(
+    folder: Folder,
+    sql: Annotated[
+        str | None, typer.Option(help="One SQL statement over results, alarms, trends, samples, gaps.")
+    ] = None,
+    series: Annotated[
+        str | None, typer.Option(help="`output:NAME` or `feature:NAME`: its trend, merged.")
+    ] = None,
+    rollup: Annotated[str, typer.Option(help="Width of a time bucket: 10m, 1h, 1d.")] = "1h",
+    group_by: Annotated[
+        str, typer.Option(help="Comma-separated: site, device, stream, digest, variant, ...")
+    ] = "",
+    since: Annotated[
+        str | None, typer.Option(help="First time, e.g. 2026-03-01 or 2026-03-01T06:00Z.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="First time no longer included.")] = None,
+    digest: Annotated[
+        str | None, typer.Option(help="Only what this model digest (or its beginning) decided.")
+    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="table, json or csv.")] = "table",
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Write to a .csv, .json or .parquet file.")
+    ] = None,
+) -> None:
+    """Ask the trend store.
+
+    Examples: `edgeward trends query --dir store --series output:score --rollup 10m --group-by device`
+    and `edgeward trends query --dir store --sql "select count(*) from results where alarm"`
+    """
+    if (sql is None) == (series is None):
+        raise UsageError("expected either --sql or --series", hint="see `edgeward trends query --help`")
+    if output not in ("table", "json", "csv"):
+        raise UsageError(f"unknown output {output!r}", hint="one of table, json, csv")
+    store = _open(folder)
+    try:
+        if sql is not None:
+            answer = store.queries.sql(sql)
+        else:
+            groups = [name for name in group_by.split(",") if name]
+            answer = store.queries.rollup(
+                series=series or "", width=rollup, group_by=groups, since=since, until=until, digest=digest
+            )
+    finally:
+        store.close()
+    if out_file is not None:
+        _write(answer, out_file)
+        out.print(f"{answer.num_rows} rows written to {out_file}")
+    else:
+        _print(answer, output)
+
+
+def _write(answer: pa.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(answer, path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(answer.to_pylist(), default=str))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            _csv(answer, file)
+    else:
+        raise UsageError(f"cannot tell the format of {path}", hint="use .csv, .json or .parquet")
+
+
+def _csv(answer: pa.Table, file: Any) -> None:
+    writer = csv.writer(file)
+    writer.writerow(answer.column_names)
+    for row in answer.to_pylist():
+        writer.writerow(row.values())
+
+
+def _print(answer: pa.Table, output: str) -> None:
+    if output == "json":
+        print(json.dumps(answer.to_pylist(), default=str, indent=1))
+    elif output == "csv":
+        _csv(answer, sys.stdout)
+    else:
+        view = Table(box=None, pad_edge=False, header_style="bold")
+        for name in answer.column_names:
+            view.add_column(name)
+        for row in answer.slice(0, ROWS_SHOWN).to_pylist():
+            view.add_row(
+                *(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
+            )
+        out.print(view)
+        if answer.num_rows > ROWS_SHOWN:
+            out.print(f"... {answer.num_rows - ROWS_SHOWN} more rows: use -o csv or --out FILE")
+
+
+def verify(
+    folder: Folder,
+    produced: Annotated[Path, typer.Option(help="JSON lines: device, stream, epoch, first_seq, last_seq.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
+    """Check that every produced sample is stored exactly once. Exit code 1 when it is not.
+
+    Example: `edgeward trends verify --dir store --produced produced.jsonl`
+    """
+    store = _open(folder)
+    from trends.verify import read_produced
+    from trends.verify import verify as check
+
+    try:
+        verdict = check(store.queries, read_produced(produced))
+    finally:
+        store.close()
+    if as_json:
+        print(json.dumps({field: getattr(verdict, field) for field in verdict.__struct_fields__}))
+    else:
+        out.print(
+            f"produced {verdict.produced}, stored {verdict.stored}, lost {verdict.lost}, duplicated {verdict.duplicated}"
+        )
+    if verdict.lost or verdict.duplicated:
+        raise typer.Exit(1)

@@ -7,6 +7,7 @@ from a new row.
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ CREATE TABLE IF NOT EXISTS gap (
 CREATE TABLE IF NOT EXISTS quarantine (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     received INTEGER, topic TEXT, seq INTEGER, reason TEXT, row BLOB);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS certificate (keyid TEXT PRIMARY KEY, der BLOB NOT NULL) WITHOUT ROWID;
 """
 
@@ -69,7 +71,11 @@ class GapRow:
 
 
 class Journal:
-    """Thread-safe; every write happens inside `transaction`, which is durable when it returns."""
+    """Thread-safe; every write happens inside `transaction`, which is durable when it returns.
+
+    `identity` names this journal in the tables' application transactions: row ids start again in a
+    new one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
@@ -77,6 +83,8 @@ class Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
+        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (secrets.token_hex(8),))
+        self.identity: str = self._db.execute("SELECT value FROM meta WHERE key='identity'").fetchone()[0]
 
     def close(self) -> None:
         with self._lock:

@@ -1,0 +1,245 @@
+"""From signed batches on the broker to rows in the journal, and only then the ack.
+
+Nothing a sender puts into a message can end the ingester: each refusal is counted with its reason,
+and a row that cannot be stored is quarantined and still acknowledged, so that it does not block its lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from edgeward.clock import Clock
+from edgeward.errors import InvalidDocument, TrustError
+from edgeward.identifiers import DeviceName
+from edgeward.mqtt import Broker, Link, Message
+from edgeward.trust.certificates import DeviceIdentity, TrustAnchor
+from edgeward.trust.keys import SigningIdentity
+from edgeward.wire import topics
+from edgeward.wire.envelope import Opened, UnknownSigner, open_envelope, seal
+from edgeward.wire.rows import MAX_BATCH_ROWS, ROW_TYPES, Ack, Batch, split_rows
+from edgeward.wire.topics import Lane
+from trends.journal import Journal
+from trends.sequence import decide
+
+log = logging.getLogger(__name__)
+
+MAX_TEXT = 256
+MAX_SEQUENCE = 1 << 60
+_EARLIEST = 946_684_800_000_000
+_AHEAD = 86_400_000_000
+_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An ack to publish after the commit."""
+
+    topic: str
+    ack: Ack
+
+
+def check_row(row: Any, now_us: int) -> str:
+    """Why a well-typed row cannot be stored; empty when it can.
+
+    Times must lie between 2000 and a day ahead, texts within 256 characters, numbers be finite.
+    """
+    for field in row.__struct_fields__:
+        value = getattr(row, field)
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{field}: not a finite number"
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            return f"{field}: longer than {MAX_TEXT} characters"
+        if isinstance(value, int) and not -(1 << 62) < value < 1 << 62:
+            return f"{field}: out of range"
+        if isinstance(value, dict):
+            if len(value) > 4096 or any(len(key) > MAX_TEXT for key in value):
+                return f"{field}: too many or too long names"
+            if not all(math.isfinite(item) for item in value.values()):
+                return f"{field}: not finite numbers"
+        if isinstance(value, list) and not all(math.isfinite(item) for item in value):
+            return f"{field}: not finite numbers"
+    at = row.bucket if hasattr(row, "bucket") else row.event_time
+    if not _EARLIEST <= at <= now_us + _AHEAD:
+        return "event time before 2000 or more than a day ahead"
+    return ""
+
+
+class Ingest:
+    """Decides and journals; `handle` takes messages one by one, `Ingester` below feeds it from MQTT."""
+
+    def __init__(self, journal: Journal, anchor: TrustAnchor, sites: frozenset[str], clock: Clock) -> None:
+        self._journal = journal
+        self._anchor = anchor
+        self._sites = sites
+        self._clock = clock
+        self._decoders = {lane: msgspec.msgpack.Decoder(kind) for lane, kind in ROW_TYPES.items()}
+        self.counts: Counter[str] = Counter()
+
+    def handle(self, topic: str, payload: bytes) -> Reply | None:
+        """Store what is new in one message; to be called inside `journal.transaction()`.
+
+        Never raises for what a sender did. The reply may be published once the transaction is over.
+        """
+        now = self._clock.now()
+        try:
+            parsed = topics.parse(topic)
+            if parsed.channel not in ("status", "up"):
+                raise InvalidDocument("not a message for a trend store", source=topic[:200])
+            opened = open_envelope(
+                payload, topic, self._anchor, now, find_certificate=self._journal.certificate
+            )
+            self._check_sender(opened, parsed.name)
+            if parsed.channel == "status":
+                self._journal.remember_certificate(opened.keyid, opened.certificate)
+                return None
+            assert parsed.lane is not None
+            batch = opened.decode(Batch)
+            return self._store(parsed.name, parsed.lane, topic, batch, int(now * 1e6))
+        except UnknownSigner:
+            # The birth with the certificate may still be on its way; the device sends again.
+            self.counts["unknown signer"] += 1
+        except (TrustError, InvalidDocument) as error:
+            self.counts["refused"] += 1
+            self._journal.quarantine(int(now * 1e6), topic, None, str(error), payload)
+            log.warning("refused a message on %s: %s", topic[:200], error)
+        return None
+
+    def _check_sender(self, opened: Opened, name: DeviceName) -> None:
+        if not isinstance(opened.identity, DeviceIdentity) or opened.identity.name != name:
+            raise TrustError(f"signed by {opened.identity}, which is not {name}")
+        if name.site not in self._sites:
+            raise TrustError(
+                f"site {name.site} is not one of this store's ({', '.join(sorted(self._sites))})"
+            )
+
+    def _store(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, now_us: int) -> Reply:
+        if not 1 <= batch.count <= (MAX_SEQUENCE if batch.gap else MAX_BATCH_ROWS):
+            raise InvalidDocument(f"a batch of {batch.count} rows", field="count")
+        if not (0 <= batch.floor <= batch.first_seq < MAX_SEQUENCE) or not 1 <= len(batch.epoch) <= 64:
+            raise InvalidDocument("impossible sequence numbers or epoch", field="first_seq")
+        expected = self._journal.expected(name, batch.epoch, lane)
+        decision = decide(expected, batch.first_seq, batch.count, batch.floor)
+        self.counts[decision.verdict] += 1
+        if decision.verdict == "take" and batch.gap is None:
+            self._append(name, lane, topic, batch, decision.skip, now_us)
+        elif decision.verdict == "take" and batch.gap is not None:
+            span = (batch.first_seq + decision.skip, batch.first_seq + batch.count - 1)
+            times = (batch.gap.first_event_time, batch.gap.last_event_time)
+            self._journal.append_gap(
+                name, batch.epoch, lane, now_us, span, batch.gap.reason[:MAX_TEXT], times
+            )
+        if decision.lost is not None:
+            self._journal.append_gap(name, batch.epoch, lane, now_us, decision.lost, "store-lost")
+        if decision.expected is not None:
+            self._journal.set_expected(name, batch.epoch, lane, decision.expected)
+        seq = -1 if decision.expected is None else decision.expected - 1
+        return Reply(topics.ack(name, lane), Ack(batch.epoch, seq))
+
+    def _append(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, skip: int, now_us: int) -> None:
+        try:
+            raw = split_rows(batch.rows)
+            if len(raw) != batch.count:
+                raise InvalidDocument(f"{len(raw)} rows, announced {batch.count}", field="rows")
+        except InvalidDocument as error:
+            # A genuine device sent it and would send it for ever: it becomes a gap, not a block.
+            span = (batch.first_seq + skip, batch.first_seq + batch.count - 1)
+            self.counts["bad rows"] += batch.count - skip
+            self._journal.quarantine(now_us, topic, batch.first_seq, str(error), batch.rows)
+            self._journal.append_gap(name, batch.epoch, lane, now_us, span, f"refused: {error}"[:MAX_TEXT])
+            return
+        decode = self._decoders[lane].decode
+        good: list[tuple[int, bytes]] = []
+        for index in range(skip, batch.count):
+            seq = batch.first_seq + index
+            try:
+                problem = check_row(decode(raw[index]), now_us)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                problem = str(error)
+            if problem:
+                self.counts["bad rows"] += 1
+                self._journal.quarantine(now_us, topic, seq, problem, raw[index])
+                self._journal.append_gap(
+                    name, batch.epoch, lane, now_us, (seq, seq), f"refused: {problem}"[:MAX_TEXT]
+                )
+            else:
+                good.append((seq, raw[index]))
+        self._journal.append(name, batch.epoch, lane, now_us, good)
+        self.counts["rows"] += len(good)
+
+
+class Ingester:
+    """Receives with manual MQTT acks, commits in groups, acknowledges after the commit."""
+
+    def __init__(
+        self, ingest: Ingest, journal: Journal, broker: Broker, identity: SigningIdentity, name: str
+    ) -> None:
+        self._ingest = ingest
+        self._journal = journal
+        self._identity = identity
+        self._queue: queue.Queue[Message | None] = queue.Queue(maxsize=1000)
+        self._thread = threading.Thread(target=self._work, name="ingest", daemon=True)
+        self.failure: Exception | None = None
+        self._link = Link(
+            broker,
+            f"edgeward-store-{name}",
+            subscriptions=(topics.ALL_STATUS, topics.ALL_UP),
+            on_message=self._queue.put,
+            manual_ack=True,
+            receive_maximum=200,
+            max_reconnect_delay=5.0,
+        )
+
+    @property
+    def connected(self) -> bool:
+        return self._link.connected
+
+    def start(self) -> None:
+        self._thread.start()
+        self._link.start()
+
+    def stop(self) -> None:
+        self._link.stop()
+        self._queue.put(None)
+        self._thread.join(30)
+
+    def _work(self) -> None:
+        while True:
+            group = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(group) < _GROUP:
+                    group.append(self._queue.get_nowait())
+            messages = [message for message in group if message is not None]
+            try:
+                self._commit(messages)
+            except Exception as error:  # noqa: BLE001  # a full disk must not end the thread: unacked batches come again
+                self.failure = error
+                log.error("could not store %d messages, they are not acknowledged: %s", len(messages), error)
+            else:
+                self.failure = None
+            # Also after a failure: the device repeats what has no ack of ours, while messages held
+            # back here would use up the broker's receive window.
+            for message in messages:
+                message.acknowledge()
+            if len(messages) < len(group):
+                return
+
+    def _commit(self, messages: list[Message]) -> None:
+        replies: dict[tuple[str, str], Reply] = {}
+        with self._journal.transaction():
+            for message in messages:
+                reply = self._ingest.handle(message.topic, message.payload)
+                if reply is not None:
+                    replies[reply.topic, reply.ack.epoch] = reply
+        for reply in replies.values():
+            self._link.publish(
+                reply.topic, seal(reply.ack, reply.topic, self._identity, with_certificate=True)
+            )
