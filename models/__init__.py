@@ -1,1 +1,1 @@
-
+"""Recipes, training, the package format and release signing."""

@@ -1,0 +1,126 @@
+"""Look into ONNX and TFLite files that somebody brings: tensors, and a run on given rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeward.errors import PackageError
+from edgeward.formats import SNIFF_BYTES, check_model_head
+from edgeward.wire.package import Runtime, TensorSpec
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+class LoadedModel:
+    """A model file opened on this machine, with its signature; `run` takes and gives arrays by name."""
+
+    def __init__(self, content: bytes, runtime: Runtime, source: str) -> None:
+        """Raises PackageError naming `source` when the file is not a valid model of that runtime."""
+        check_model_head(content[:SNIFF_BYTES], runtime, source)
+        self.runtime = runtime
+        if runtime == "onnx":
+            self._open_onnx(content, source)
+        else:
+            self._open_tflite(content, source)
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def _open_onnx(self, content: bytes, source: str) -> None:
+        import onnx
+        import onnxruntime
+
+        try:
+            model = onnx.load_model_from_string(content)
+            if any(item.data_location == onnx.TensorProto.EXTERNAL for item in model.graph.initializer):
+                raise PackageError(f"{source}: keeps weights in other files", hint="save it as one file")
+            onnx.checker.check_model(model)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except PackageError:
+            raise
+        except Exception as error:  # onnx and onnxruntime raise many unrelated types for a bad file
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PackageError(f"{source}: not a valid ONNX model: {first}") from None
+        self._session: Any = session
+        self.inputs = [_onnx_spec(item, source) for item in session.get_inputs()]
+        self.outputs = [_onnx_spec(item, source) for item in session.get_outputs()]
+
+    def _open_tflite(self, content: bytes, source: str) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        try:
+            interpreter = Interpreter(model_content=content, num_threads=1)
+            interpreter.allocate_tensors()
+        except Exception as error:  # litert raises ValueError and RuntimeError for a bad file
+            raise PackageError(f"{source}: not a valid TFLite model: {error}") from None
+        self._interpreter: Any = interpreter
+        self.inputs = [_tflite_spec(item) for item in interpreter.get_input_details()]
+        self.outputs = [_tflite_spec(item) for item in interpreter.get_output_details()]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Raises PackageError when the inputs do not fit."""
+        try:
+            if self.runtime == "onnx":
+                names = [spec.name for spec in self.outputs]
+                return dict(zip(names, self._session.run(names, inputs), strict=True))
+            details = self._interpreter.get_input_details()
+            for detail in details:
+                self._interpreter.resize_tensor_input(detail["index"], inputs[detail["name"]].shape)
+            self._interpreter.allocate_tensors()
+            for detail in details:
+                self._interpreter.set_tensor(detail["index"], inputs[detail["name"]])
+            self._interpreter.invoke()
+            return {
+                detail["name"]: self._interpreter.get_tensor(detail["index"]).copy()
+                for detail in self._interpreter.get_output_details()
+            }
+        except Exception as error:  # as above: the runtimes share no exception
+            raise PackageError(f"the model refuses these inputs: {error}") from None
+
+
+def _onnx_spec(item: Any, source: str) -> TensorSpec:
+    if item.type not in _ONNX_TYPES:
+        raise PackageError(f"{source}: tensor {item.name} has type {item.type}, which is not supported")
+    shape = [size if isinstance(size, int) else -1 for size in item.shape]
+    return TensorSpec(item.name, _ONNX_TYPES[item.type], shape)
+
+
+def _tflite_spec(item: Any) -> TensorSpec:
+    signature = item["shape_signature"] if len(item["shape_signature"]) else item["shape"]
+    return TensorSpec(item["name"], np.dtype(item["dtype"]).name, [int(size) for size in signature])
+
+
+def largest_error(
+    got: npt.NDArray[Any], want: npt.NDArray[Any], atol: float, rtol: float
+) -> tuple[float, float]:
+    """The largest absolute difference, and its limit at that element (`atol + rtol * |want|`).
+
+    Infinite when shapes differ or a value is not finite.
+    """
+    if got.shape != want.shape:
+        return float("inf"), atol
+    off = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    if not np.isfinite(off).all():
+        return float("inf"), atol
+    if off.size == 0:
+        return 0.0, atol
+    limits = atol + rtol * np.abs(want.astype(np.float64))
+    worst = int(np.argmax(off - limits))
+    return float(off.reshape(-1)[worst]), float(limits.reshape(-1)[worst])

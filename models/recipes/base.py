@@ -1,0 +1,66 @@
+"""What a recipe is: data in, one or more executable forms of one model out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeward.errors import InvalidDocument
+from edgeward.wire.package import Decision, Runtime, TensorSpec
+from models.datasets import Dataset
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One form of the model. `predict` runs the very bytes through the runtime: `[rows, features]` -> `[rows]`."""
+
+    name: str
+    runtime: Runtime
+    content: bytes
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    predict: Callable[[Rows], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`reference` is the trained model itself, which every exported form must agree with within `tolerance`."""
+
+    reference: Callable[[Rows], npt.NDArray[np.float32]]
+    exported: list[Exported]
+    decision: Decision
+    tolerance: float
+    libraries: dict[str, str]
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+class Recipe(Protocol):
+    """A recipe's parameters have defaults; `--set name=value` overrides them."""
+
+    name: str
+    about: str
+    parameters: dict[str, Any]
+
+    def train(self, data: Dataset, parameters: dict[str, Any]) -> Trained: ...
+
+
+def merge(recipe: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults overridden by what is given, of the same types. Raises InvalidDocument."""
+    merged = dict(defaults)
+    for name, value in given.items():
+        if name not in defaults:
+            raise InvalidDocument(
+                f"recipe {recipe} has no parameter {name!r}", field=name, hint=f"one of {', '.join(defaults)}"
+            )
+        kind = type(defaults[name])
+        try:
+            merged[name] = kind(value)
+        except (TypeError, ValueError):
+            raise InvalidDocument(f"expected {kind.__name__}, got {value!r}", field=name) from None
+    return merged
