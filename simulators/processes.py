@@ -10,10 +10,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgeward.errors import EdgewardError
 
@@ -43,6 +45,12 @@ def wait_until(
 def _with_log(message: str, log: Path | None) -> str:
     end = tail(log) if log else ""
     return f"{message}; the end of {log}:\n{end}" if end else message
+
+
+def _end_group(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL to what is left of a child's group: itself when it still runs, and its workers."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass
@@ -84,18 +92,20 @@ class Child:
             file.seek(self.started)
             return file.read().decode("utf-8", errors="replace")
 
+    def check_running(self) -> None:
+        """Raises EdgewardError with the log's end when it has ended."""
+        if not self.running:
+            raise EdgewardError(
+                _with_log(f"{self.name} ended by itself with {self.process.returncode}", self.log)
+            )
+
     def wait_ready(self, line: str, timeout: float) -> None:
         """Until `line` stands in its output. Raises EdgewardError on its end or the deadline."""
 
         def ready() -> bool:
             if line in self.said():
                 return True
-            if not self.running:
-                raise EdgewardError(
-                    _with_log(
-                        f"{self.name} ended with {self.process.returncode} before it was ready", self.log
-                    )
-                )
+            self.check_running()
             return False
 
         wait_until(ready, what=f"{self.name} to say {line!r}", timeout=timeout, log=self.log)
@@ -120,12 +130,8 @@ class Child:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout)
-        self._end_group()
+        _end_group(self.process)
         return self.process.wait()
-
-    def _end_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Processes:
@@ -135,6 +141,8 @@ class Processes:
         self.folder = folder
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         self.children: dict[str, Child] = {}
+        self._commands: set[subprocess.Popen[str]] = set()
+        self._writing = threading.Lock()
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -161,29 +169,36 @@ class Processes:
 
     def attempt(self, name: str, arguments: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         """Run to the end, whatever the exit code. Raises EdgewardError after `timeout` seconds."""
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+            start_new_session=True,
+        )
+        self._commands.add(process)
         try:
-            done = subprocess.run(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                env=self.environment,
-                check=False,
-            )
+            output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             raise EdgewardError(
                 f"waited {timeout:.0f} s for {name} to end: {' '.join(arguments[-12:])}"
             ) from None
-        with self.log("commands").open("a", encoding="utf-8") as file:
-            file.write(f"$ {' '.join(arguments)}\n{done.stdout}{done.stderr}[exit {done.returncode}]\n")
-        return done
+        finally:
+            self._commands.discard(process)
+            _end_group(process)
+        with self._writing, self.log("commands").open("a", encoding="utf-8") as file:
+            file.write(f"$ {' '.join(arguments)}\n{output}{errors}[exit {process.returncode}]\n")
+        return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
     def stop_all(self, timeout: float = 10.0) -> None:
         """SIGTERM to all at once, then wait for each: as fast as the slowest."""
         running = [child for child in self.children.values() if child.running]
         for child in running:
             child.process.terminate()
+        for process in list(self._commands):
+            _end_group(process)
         for child in running:
             child.stop(timeout)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,3 +81,26 @@ def test_a_deadline_says_what_was_waited_for(tmp_path):
 def test_a_failed_command_carries_its_error_text(tmp_path):
     with Processes(tmp_path) as processes, pytest.raises(EdgewardError, match="field x is wrong"):
         processes.run("check", [sys.executable, "-c", "import sys; sys.exit('field x is wrong')"], 10)
+
+
+def test_a_command_in_another_thread_ends_with_the_context(tmp_path):
+    failed = []
+
+    def command():
+        try:
+            processes.run("sleep", [sys.executable, "-c", f"import os, time; {note}; time.sleep(60)"], 60)
+        except EdgewardError as error:
+            failed.append(error)
+
+    pid_file = tmp_path / "pid"
+    note = f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))"
+    with Processes(tmp_path / "logs") as processes:
+        thread = threading.Thread(target=command)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    thread.join(10)
+    assert gone(int(pid_file.read_text()))
+    assert failed
