@@ -55,7 +55,7 @@ class LoadedModel:
             session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except PackageError:
             raise
-        except Exception as error:  # onnx and onnxruntime raise many unrelated types for a bad file
+        except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise many unrelated types for a bad file
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise PackageError(f"{source}: not a valid ONNX model: {first}") from None
         self._session: Any = session
@@ -68,7 +68,7 @@ class LoadedModel:
         try:
             interpreter = Interpreter(model_content=content, num_threads=1)
             interpreter.allocate_tensors()
-        except Exception as error:  # litert raises ValueError and RuntimeError for a bad file
+        except Exception as error:  # noqa: BLE001  # litert raises ValueError and RuntimeError for a bad file
             raise PackageError(f"{source}: not a valid TFLite model: {error}") from None
         self._interpreter: Any = interpreter
         self.inputs = [_tflite_spec(item) for item in interpreter.get_input_details()]
@@ -91,7 +91,7 @@ class LoadedModel:
                 detail["name"]: self._interpreter.get_tensor(detail["index"]).copy()
                 for detail in self._interpreter.get_output_details()
             }
-        except Exception as error:  # as above: the runtimes share no exception
+        except Exception as error:  # noqa: BLE001  # as above: the runtimes share no exception
             raise PackageError(f"the model refuses these inputs: {error}") from None
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import (  # type: ignore[attr-defined]  # re-exported without __all__
+from securesystemslib.signer import (
     CryptoSigner,
     Key,
     SSlibKey,

@@ -62,7 +62,11 @@ class AnomalyAutoencoder:
 
         def reference(rows: Rows) -> np.ndarray[Any, np.dtype[np.float32]]:
             inputs = (rows - centre) / spread
-            return ((net.predict(inputs) - inputs) ** 2).mean(axis=1).astype(np.float32)
+            errors: np.ndarray[Any, np.dtype[np.float32]] = (net.predict(inputs) - inputs).astype(
+                np.float32
+            ) ** 2
+            scores: np.ndarray[Any, np.dtype[np.float32]] = errors.mean(axis=1, dtype=np.float32)
+            return scores
 
         scores = reference(data.values)
         if data.labels is not None and 0 < data.labels.sum() < data.rows:

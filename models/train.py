@@ -1,0 +1,229 @@
+"""Train a recipe, check every exported form against the trained model, and package it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import yaml
+from msgspec import Struct
+
+from edgeward.clock import Clock
+from edgeward.errors import InvalidDocument, PackageError
+from edgeward.wire.package import Decision, GoldenVectors, Lineage, Runtime, TensorSpec
+from models import metrics, recipes
+from models.datasets import Dataset, load_csv, load_named
+from models.inspect import LoadedModel, largest_error
+from models.package import (
+    GOLDEN_ROWS,
+    ModelFile,
+    Package,
+    baseline_of,
+    golden_array,
+    golden_tensor,
+    load_package,
+    write_package,
+)
+from models.recipes.base import Exported, Rows, Trained, merge
+
+GOLDEN_ATOL, GOLDEN_RTOL = 1e-4, 1e-3
+
+
+class Training(Struct, frozen=True, forbid_unknown_fields=True):
+    """A training file: what `edgeward train -f` reads. `data` is a path relative to the file."""
+
+    recipe: str
+    model: str
+    version: int
+    dataset: str = ""
+    data: str = ""
+    train: str = "0:0.7"
+    holdout: str = "0.7:1.0"
+    features: list[str] = []
+    parameters: dict[str, Any] = {}
+
+
+def read_training(path: Path) -> Training:
+    """Raises InvalidDocument naming file and field."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidDocument(f"cannot read it: {error.strerror}", source=str(path)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidDocument(
+            f"not valid YAML: {getattr(error, 'problem', error)}", source=str(path)
+        ) from None
+    try:
+        training: Training = msgspec.convert(document, type=Training)
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$")
+        raise InvalidDocument(text, source=str(path), field=where.strip("`.")) from None
+    if training.data:
+        training = msgspec.structs.replace(training, data=str(path.parent / training.data))
+    return training
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training: the package, its quality on the held-out rows, and the parity of each form."""
+
+    package: Package
+    quality: dict[str, float]
+    parity: dict[str, float]
+
+
+def train(training: Training, out: Path, clock: Clock, step: Callable[[str], None]) -> Outcome:
+    """`step` is told what happens next, for progress.
+
+    Raises InvalidDocument for bad data or parameters, PackageError when a form disagrees with the
+    trained model.
+    """
+    recipe = recipes.find(training.recipe)
+    parameters = merge(recipe.name, recipe.parameters, training.parameters)
+    if bool(training.dataset) == bool(training.data):
+        raise InvalidDocument("expected either a dataset or a data file", field="dataset")
+    step("reading the data")
+    features = training.features or None
+    whole = load_csv(Path(training.data), features) if training.data else load_named(training.dataset)
+    fitted, held_out = whole.part(training.train), whole.part(training.holdout)
+    step(f"training {recipe.name} on {fitted.rows} rows x {len(fitted.features)} features")
+    trained = recipe.train(fitted, parameters)
+    step("checking each exported form against the trained model")
+    parity = {form.name: _parity(trained, form, held_out) for form in trained.exported}
+    quality: dict[str, float] = {}
+    if held_out.labels is not None:
+        scores = trained.exported[0].predict(held_out.values)
+        quality = metrics.detection(scores, held_out.labels, trained.decision.threshold)
+    step("packaging")
+    package = write_package(
+        out,
+        model=training.model,
+        version=training.version,
+        files=[
+            ModelFile(form.name, form.runtime, form.content, form.inputs, form.outputs, quality.get("auc"))
+            for form in trained.exported
+        ],
+        golden=_golden(trained, held_out.values),
+        tolerance=(GOLDEN_ATOL, GOLDEN_RTOL),
+        features=whole.features,
+        lineage=Lineage(
+            recipe.name,
+            parameters,
+            whole.name,
+            whole.digest(),
+            fitted.rows,
+            training.train,
+            trained.libraries,
+        ),
+        clock=clock,
+        decision=trained.decision,
+        baseline=baseline_of(fitted.values, fitted.features),
+        metrics=quality,
+    )
+    return Outcome(package, quality, parity)
+
+
+def _parity(trained: Trained, form: Exported, held_out: Dataset) -> float:
+    """The largest difference on the held-out rows. Raises PackageError above the recipe's tolerance."""
+    want = trained.reference(held_out.values)
+    off, limit = largest_error(form.predict(held_out.values), want, trained.tolerance, trained.tolerance)
+    if off > limit:
+        raise PackageError(
+            f"{form.name} differs from the trained model by {off:.3g}, limit {limit:.3g}: it is not packaged"
+        )
+    return off
+
+
+def _golden(trained: Trained, rows: Rows) -> GoldenVectors:
+    """Rows spread over the held-out part, with the trained model's own answers."""
+    chosen = rows[np.linspace(0, len(rows) - 1, min(GOLDEN_ROWS, len(rows))).astype(int)]
+    form = trained.exported[0]
+    return GoldenVectors(
+        [golden_tensor(form.inputs[0].name, chosen)],
+        [golden_tensor(form.outputs[0].name, trained.reference(chosen).reshape(-1, 1))],
+    )
+
+
+def bring(
+    file: Path,
+    out: Path,
+    *,
+    model: str,
+    version: int,
+    clock: Clock,
+    golden_inputs: Path | None = None,
+    golden_from: Path | None = None,
+    threshold: float | None = None,
+    check: bool = True,
+    runtime: Runtime = "onnx",
+) -> Package:
+    """Package an ONNX or TFLite file from elsewhere.
+
+    Golden vectors are the file's own answers to the rows of `golden_inputs` (CSV), or those of another
+    package, which the file must then reproduce unless `check` is off. Raises PackageError.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{file}: cannot read it: {error.strerror}") from None
+    loaded = LoadedModel(content, runtime, str(file))
+    form = ModelFile(f"{loaded.runtime}-cpu", loaded.runtime, content, loaded.inputs, loaded.outputs)
+    libraries: dict[str, str] = {}
+    if golden_from is not None:
+        source = load_package(golden_from)
+        golden = source.golden()
+        tolerance = (source.manifest.golden.atol, source.manifest.golden.rtol)
+        if check:
+            _check_golden(loaded, golden, tolerance, str(file))
+        manifest = source.manifest
+        return write_package(
+            out, model=model, version=version, files=[form], golden=golden, tolerance=tolerance,
+            features=manifest.features, lineage=manifest.lineage, clock=clock, decision=manifest.decision,
+            baseline=manifest.baseline, metrics={},
+        )  # fmt: skip
+    if golden_inputs is None:
+        raise InvalidDocument("expected --golden-inputs or --golden-from")
+    data = load_csv(golden_inputs)
+    spec = _single_matrix(loaded.inputs, str(file))
+    if spec.shape[-1] not in (-1, len(data.features)):
+        raise InvalidDocument(
+            f"has {len(data.features)} feature columns, input {spec.name} expects {spec.shape[-1]}",
+            source=str(golden_inputs),
+        )
+    rows = data.values[:GOLDEN_ROWS].astype(spec.dtype)
+    outputs = loaded.run({spec.name: rows})
+    golden = GoldenVectors(
+        [golden_tensor(spec.name, rows)], [golden_tensor(name, values) for name, values in outputs.items()]
+    )
+    decision = None if threshold is None else Decision(loaded.outputs[-1].name, threshold)
+    return write_package(
+        out, model=model, version=version, files=[form], golden=golden, tolerance=(GOLDEN_ATOL, GOLDEN_RTOL),
+        features=data.features, clock=clock, decision=decision, baseline=baseline_of(data.values, data.features),
+        lineage=Lineage("brought", {"file": file.name}, data.name, data.digest(), data.rows, "0:1", libraries),
+    )  # fmt: skip
+
+
+def _single_matrix(inputs: list[TensorSpec], source: str) -> TensorSpec:
+    if len(inputs) != 1 or len(inputs[0].shape) != 2:
+        shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in inputs)
+        raise PackageError(f"{source}: expected one input of shape [rows, features], it has {shapes}")
+    return inputs[0]
+
+
+def _check_golden(
+    loaded: LoadedModel, golden: GoldenVectors, tolerance: tuple[float, float], source: str
+) -> None:
+    got = loaded.run({tensor.name: golden_array(tensor) for tensor in golden.inputs})
+    for tensor in golden.outputs:
+        if tensor.name not in got:
+            raise PackageError(f"{source}: has no output {tensor.name!r}", hint=f"it has {', '.join(got)}")
+        off, limit = largest_error(got[tensor.name], golden_array(tensor), *tolerance)
+        if off > limit:
+            raise PackageError(
+                f"{source}: output {tensor.name} is off its golden values by {off:.3g}, limit {limit:.3g}",
+                hint="package it with its own golden inputs, or skip the check on purpose",
+            )

@@ -1,0 +1,206 @@
+"""Recipes, packages and bad input, on the real data and the real runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeward.clock import ManualClock
+from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, PackageError
+from models import train as training
+from models.datasets import load_csv, load_named, write_csv
+from models.inspect import LoadedModel, largest_error
+from models.metrics import best_f1_threshold, detection
+from models.package import Package, golden_array, load_package
+
+CLOCK = ManualClock()
+
+
+def quiet(text: str) -> None:
+    """Progress is for people."""
+
+
+def wish(recipe: str, /, **changes: object) -> training.Training:
+    values = {"recipe": recipe, "model": "shuttle", "version": 1, "dataset": "shuttle", "train": "0:0.35"}
+    return training.Training(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> training.Outcome:
+    return training.train(wish("anomaly-detection"), tmp_path_factory.mktemp("f") / "package", CLOCK, quiet)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> training.Outcome:
+    return training.train(
+        wish("anomaly-autoencoder-tiny"), tmp_path_factory.mktemp("t") / "package", CLOCK, quiet
+    )
+
+
+@pytest.fixture(params=["forest", "tiny"])
+def outcome(request: pytest.FixtureRequest) -> training.Outcome:
+    made: training.Outcome = request.getfixturevalue(request.param)
+    return made
+
+
+def test_a_recipe_detects_what_it_never_saw(outcome: training.Outcome) -> None:
+    assert outcome.quality["auc"] > 0.98
+    assert outcome.quality["precision"] > 0.85
+    assert outcome.quality["recall"] > 0.85
+
+
+def test_the_packaged_file_reproduces_the_golden_vectors(outcome: training.Outcome) -> None:
+    package = load_package(outcome.package.folder)
+    (variant,) = package.manifest.variants
+    loaded = LoadedModel(package.blob(variant.blob).read_bytes(), variant.runtime, "blob")
+    golden = package.golden()
+    got = loaded.run({tensor.name: golden_array(tensor) for tensor in golden.inputs})
+    for tensor in golden.outputs:
+        off, limit = largest_error(
+            got[tensor.name], golden_array(tensor), package.manifest.golden.atol, package.manifest.golden.rtol
+        )
+        assert off <= limit
+    assert [spec.shape[0] for spec in variant.inputs] == [-1]
+
+
+def test_baselines_are_distributions(outcome: training.Outcome) -> None:
+    manifest = outcome.package.manifest
+    assert set(manifest.baseline) == set(manifest.features)
+    for baseline in manifest.baseline.values():
+        assert sum(baseline.proportions) == pytest.approx(1)
+        assert baseline.edges == sorted(set(baseline.edges))
+
+
+def test_training_is_repeatable(forest: training.Outcome, tmp_path: Path) -> None:
+    again = training.train(wish("anomaly-detection"), tmp_path / "again", CLOCK, quiet)
+    assert again.package.digest == forest.package.digest
+
+
+def test_lineage_says_what_was_trained_on_what(forest: training.Outcome) -> None:
+    lineage = forest.package.manifest.lineage
+    assert (lineage.recipe, lineage.dataset, lineage.split, lineage.rows) == (
+        "anomaly-detection", "shuttle", "0:0.35", 17183,
+    )  # fmt: skip
+    assert lineage.dataset_digest == load_named("shuttle").digest()
+
+
+def flipped(package: Package, target: Path) -> Path:
+    """A copy with one bit of its model changed."""
+    (target / "blobs").mkdir(parents=True)
+    (target / "manifest.json").write_bytes(package.manifest_bytes)
+    for blob in package.manifest.blobs():
+        (target / "blobs" / blob.digest).write_bytes(package.blob(blob).read_bytes())
+    victim = target / "blobs" / package.manifest.variants[0].blob.digest
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return target
+
+
+def test_one_flipped_bit_is_refused(tiny: training.Outcome, tmp_path: Path) -> None:
+    with pytest.raises(DigestMismatch, match="the package was changed"):
+        load_package(flipped(tiny.package, tmp_path / "p"))
+
+
+def test_a_missing_blob_and_a_strange_manifest_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDocument, match="cannot read it"):
+        load_package(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"model": 1}')
+    with pytest.raises(InvalidDocument, match=r"manifest\.json"):
+        load_package(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x80\x04\x95\x10\x00\x00", "pickle"),
+        (b"just text", "not an ONNX model"),
+        (b"\x08\x08\x12\x07rubbish" + bytes(200), "not a valid ONNX model"),
+        (b"", "empty"),
+    ],
+)
+def test_a_file_that_is_no_onnx_model(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(content)
+    with pytest.raises(PackageError, match=says):
+        training.bring(
+            file, tmp_path / "p", model="m", version=1, clock=CLOCK, golden_inputs=tmp_path / "x.csv"
+        )
+    assert not (tmp_path / "p").exists(), "nothing half-made"
+
+
+def test_bring_your_own_onnx(forest: training.Outcome, tmp_path: Path) -> None:
+    file = tmp_path / "own.onnx"
+    file.write_bytes(forest.package.blob(forest.package.manifest.variants[0].blob).read_bytes())
+    rows = tmp_path / "rows.csv"
+    write_csv(load_named("shuttle").part("0.9:0.92"), rows)
+    package = training.bring(
+        file, tmp_path / "p", model="own", version=3, clock=CLOCK, golden_inputs=rows, threshold=0.5
+    )
+    assert package.manifest.features == load_named("shuttle").features
+    assert load_package(tmp_path / "p").digest == package.digest
+    with pytest.raises(Conflict, match="not empty"):
+        training.bring(file, tmp_path / "p", model="own", version=3, clock=CLOCK, golden_inputs=rows)
+
+
+def test_wrong_outputs_are_refused_unless_asked_for(forest: training.Outcome, tmp_path: Path) -> None:
+    other = training.train(wish("anomaly-detection", train="0:0.1"), tmp_path / "other", CLOCK, quiet)
+    file = tmp_path / "wrong.onnx"
+    file.write_bytes(other.package.blob(other.package.manifest.variants[0].blob).read_bytes())
+    arguments = {"model": "shuttle", "version": 3, "clock": CLOCK, "golden_from": forest.package.folder}
+    with pytest.raises(PackageError, match="off its golden values"):
+        training.bring(file, tmp_path / "p", **arguments)  # type: ignore[arg-type]
+    assert training.bring(file, tmp_path / "p", check=False, **arguments).manifest.version == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a,b\n1,2\n", r"no column 'c'.*its columns are a, b"),
+        ("a,b,c\n1,2,x\n", r"data\.csv:2: c: expected a number, got 'x'"),
+        ("a,b,c\n1,2\n", r"data\.csv:2: has 2 cells, expected 3"),
+        ("a,b,c,label\n1,2,3,7\n", r"data\.csv:2: label: expected 0 or 1"),
+        ("a,b,c\n1,2,nan\n", r"data\.csv:2: c: expected a finite number"),
+        ("a,b,c\n", "expected a header line and rows"),
+    ],
+)
+def test_a_bad_csv_names_file_line_and_column(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text(text)
+    with pytest.raises(InvalidDocument, match=says):
+        load_csv(file, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"recipe": "astrology"}, r"unknown recipe 'astrology'.*anomaly-detection"),
+        ({"dataset": "moon"}, r"unknown dataset 'moon'.*shuttle"),
+        ({"train": "0.9:0.1"}, "not a share"),
+        ({"parameters": {"leaves": 3}}, r"no parameter 'leaves'.*trees"),
+        ({"parameters": {"trees": "many"}}, "trees: expected int"),
+        ({"data": "x.csv"}, "either a dataset or a data file"),
+    ],
+)
+def test_bad_training_wishes(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidDocument, match=says):
+        training.train(wish("anomaly-detection", **changes), tmp_path / "p", CLOCK, quiet)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_training_file_refuses_unknown_fields(tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text("recipe: anomaly-detection\nmodel: m\nversion: 1\ncolour: red\n")
+    with pytest.raises(InvalidDocument, match=r"training\.yaml.*unknown field `colour`"):
+        training.read_training(file)
+
+
+def test_detection_figures() -> None:
+    scores = np.array([0.1, 0.4, 0.6, 0.9], np.float32)
+    labels = np.array([0, 1, 0, 1], np.int8)
+    figures = detection(scores, labels, 0.5)
+    assert (figures["precision"], figures["recall"], figures["auc"]) == (0.5, 0.5, 0.75)
+    assert "auc" not in detection(scores, np.zeros(4, np.int8), 0.5)
+    assert 0.6 < best_f1_threshold(scores, np.array([0, 0, 0, 1], np.int8)) < 0.9
