@@ -1,1 +1,1 @@
-
+"""The edge daemon: sync, fetch, verify, self-test, infer, act, buffer, report."""

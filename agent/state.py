@@ -1,0 +1,200 @@
+"""The device's durable state: one SQLite file, WAL, synchronous=FULL.
+
+Results and the source position they came from are written in one transaction, so that a kill at any
+instant leaves both or neither.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.rows import Row
+from edgeward.wire.topics import LANES, Lane
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantine (digest TEXT PRIMARY KEY, reason TEXT, at REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lane (name TEXT PRIMARY KEY, next_seq INTEGER, acked INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS outbox (lane TEXT, seq INTEGER, row BLOB NOT NULL, PRIMARY KEY (lane, seq)) WITHOUT ROWID;
+"""
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """`next_seq` is the number the next row gets; everything up to `acked` is stored (-1: nothing)."""
+
+    next_seq: int
+    acked: int
+
+    @property
+    def floor(self) -> int:
+        return self.acked + 1
+
+
+class SlotRecord(msgspec.Struct, frozen=True):
+    """What a slot runs and ran: survives every restart. `refused` names a target that failed here."""
+
+    running: ModelRef | None = None
+    previous: ModelRef | None = None
+    refused: ModelRef | None = None
+    reason: str = ""
+    message: str = ""
+    measured: float | None = None
+    limit: float | None = None
+
+
+class State:
+    """Thread-safe. Writes belong into `transaction`, which is durable when it is left."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._lock = threading.RLock()
+        where = f"file:{path}?mode=ro" if read_only else str(path)
+        self._db = sqlite3.connect(
+            where, isolation_level=None, check_same_thread=False, timeout=30, uri=read_only
+        )
+        if not read_only:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+            with self.transaction():
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
+                for lane in LANES:
+                    self._db.execute("INSERT OR IGNORE INTO lane VALUES (?, 0, -1)", (lane,))
+        self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # small facts
+
+    def _meta(self, key: str) -> bytes | int | None:
+        with self._lock:
+            row = self._db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def _set_meta(self, key: str, value: bytes | int) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, value))
+
+    def next_boot(self) -> int:
+        """Count this start of the agent."""
+        boot = int(self._meta("boot") or 0) + 1
+        self._set_meta("boot", boot)
+        return boot
+
+    def desired(self) -> bytes | None:
+        """The newest accepted desired state, as signed."""
+        value = self._meta("desired")
+        return value if isinstance(value, bytes) else None
+
+    def generation(self) -> int:
+        """The highest generation ever accepted: it never goes back."""
+        return int(self._meta("generation") or 0)
+
+    def accept_desired(self, generation: int, raw: bytes) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (generation,))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('desired', ?)", (raw,))
+
+    # slots
+
+    def slots(self) -> dict[str, SlotRecord]:
+        with self._lock:
+            rows = self._db.execute("SELECT name, record FROM slot").fetchall()
+        return {name: msgspec.msgpack.decode(record, type=SlotRecord) for name, record in rows}
+
+    def set_slot(self, name: str, record: SlotRecord) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO slot VALUES (?,?)", (name, _encode(record)))
+
+    def quarantine(self, digest: str, reason: str, at: float) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR IGNORE INTO quarantine VALUES (?,?,?)", (digest, reason, at))
+
+    def quarantined(self) -> list[str]:
+        with self._lock:
+            return [row[0] for row in self._db.execute("SELECT digest FROM quarantine ORDER BY at, digest")]
+
+    # sources
+
+    def source(self, topic: str) -> tuple[str, int] | None:
+        """The sensor epoch and the last sequence number whose rows are durable."""
+        with self._lock:
+            row = self._db.execute("SELECT epoch, seq FROM source WHERE topic=?", (topic,)).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def sources(self) -> dict[str, tuple[str, int]]:
+        with self._lock:
+            rows = self._db.execute("SELECT topic, epoch, seq FROM source").fetchall()
+        return {topic: (epoch, seq) for topic, epoch, seq in rows}
+
+    # outbox
+
+    def commit_rows(
+        self, rows: Iterable[tuple[Lane, Row]], positions: dict[str, tuple[str, int]] | None = None
+    ) -> None:
+        """Append rows to their lanes and advance source positions, all or nothing."""
+        by_lane: dict[Lane, list[bytes]] = {}
+        for lane, row in rows:
+            by_lane.setdefault(lane, []).append(_encode(row))
+        with self.transaction():
+            for lane, encoded in by_lane.items():
+                (first,) = self._db.execute("SELECT next_seq FROM lane WHERE name=?", (lane,)).fetchone()
+                self._db.executemany(
+                    "INSERT INTO outbox VALUES (?,?,?)",
+                    ((lane, first + index, row) for index, row in enumerate(encoded)),
+                )
+                self._db.execute("UPDATE lane SET next_seq=? WHERE name=?", (first + len(encoded), lane))
+            for topic, (epoch, seq) in (positions or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO source VALUES (?,?,?)", (topic, epoch, seq))
+
+    def lane(self, lane: Lane) -> LaneState:
+        with self._lock:
+            row = self._db.execute("SELECT next_seq, acked FROM lane WHERE name=?", (lane,)).fetchone()
+        return LaneState(*row)
+
+    def read_rows(self, lane: Lane, first: int, last: int) -> list[bytes]:
+        """Rows `first .. last` of a lane as MessagePack; fewer when an ack has removed some meanwhile."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT row FROM outbox WHERE lane=? AND seq BETWEEN ? AND ? ORDER BY seq",
+                (lane, first, last),
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def acknowledge(self, lane: Lane, seq: int) -> None:
+        """The trend store has everything up to `seq`: those rows die."""
+        with self.transaction():
+            self._db.execute("DELETE FROM outbox WHERE lane=? AND seq<=?", (lane, seq))
+            self._db.execute("UPDATE lane SET acked=max(acked, ?) WHERE name=?", (seq, lane))
+
+    def outbox_size(self) -> tuple[int, int]:
+        """Rows and bytes that wait."""
+        with self._lock:
+            row = self._db.execute("SELECT count(*), coalesce(sum(length(row)), 0) FROM outbox").fetchone()
+        return int(row[0]), int(row[1])

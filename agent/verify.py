@@ -1,0 +1,152 @@
+"""From a wish to verified bytes: TUF metadata, manifest, blobs. Only here is a VerifiedPackage made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.ngclient import Updater, UpdaterConfig
+from tuf.ngclient.fetcher import FetcherInterface
+
+from agent.fetch import BlobStore
+from edgeward.client.transport import Transport
+from edgeward.clock import Clock
+from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
+from edgeward.formats import SNIFF_BYTES, check_model_head
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.package import GoldenVectors, Manifest, Variant, decode_manifest, target_path
+
+_KEY = object()
+
+
+class VerifiedPackage:
+    """A released model version whose every byte was checked; nothing else may enter a slot.
+
+    Holds the manifest, the chosen variant and its bytes, and the golden vectors. Made by Verifier only.
+    """
+
+    def __init__(
+        self,
+        key: object,
+        ref: ModelRef,
+        manifest: Manifest,
+        variant: Variant,
+        content: bytes,
+        golden: GoldenVectors,
+    ) -> None:
+        if key is not _KEY:
+            raise TypeError("a VerifiedPackage is made by Verifier only")
+        self.ref = ref
+        self.manifest = manifest
+        self.variant = variant
+        self.content = content
+        self.golden = golden
+
+
+class _Fetcher(FetcherInterface):
+    """TUF metadata over our own transport, with its time-outs."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def _fetch(self, url: str) -> Any:
+        path = url.removeprefix(self._transport.base_url)
+        try:
+            yield self._transport.request("GET", path).content
+        except NotFound as error:
+            raise DownloadHTTPError(str(error), 404) from None
+        except EdgewardError as error:
+            raise DownloadError(str(error)) from None
+
+
+class Verifier:
+    """Asks the release metadata for a version, and fetches what it signs."""
+
+    def __init__(
+        self, folder: Path, root: bytes, blobs: BlobStore, transport: Transport, clock: Clock
+    ) -> None:
+        self._metadata = folder
+        self._root = root
+        self._blobs = blobs
+        self._transport = transport
+        self._clock = clock
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def target_length(self, ref: ModelRef) -> int:
+        """The manifest's size as signed by the releaser, when the signed digest is the one wished for.
+
+        Raises TrustError when it is not released like that, Unavailable when the metadata cannot be had.
+        """
+        try:
+            updater = Updater(
+                str(self._metadata),
+                f"{self._transport.base_url}/tuf/",
+                fetcher=_Fetcher(self._transport),
+                config=UpdaterConfig(),
+                bootstrap=self._root,
+            )
+            updater.refresh()
+            info = updater.get_targetinfo(target_path(ref.model, ref.version))
+        except DownloadError as error:
+            raise Unavailable(f"release metadata cannot be had: {error}") from None
+        except RepositoryError as error:
+            raise TrustError(f"the release metadata does not verify: {error}") from None
+        if info is None:
+            raise TrustError(f"{ref.model} version {ref.version} is not released")
+        if info.hashes.get("sha256") != ref.digest:
+            raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
+        return int(info.length)
+
+    def fetch_manifest(self, ref: ModelRef) -> Manifest:
+        """The signed manifest, downloaded if it is not here yet."""
+        length = self.target_length(ref)
+        self._blobs.fetch(self._transport, ref.digest, length, self._clock)
+        return self._manifest(ref, self._blobs.read(ref.digest, length))
+
+    def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
+        for blob in (variant.blob, manifest.golden.blob):
+            self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
+
+    def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
+        """Read the fetched bytes, hashing them again. Raises PackageError, DigestMismatch."""
+        content = self._blobs.read(variant.blob.digest, variant.blob.size)
+        check_model_head(content[:SNIFF_BYTES], variant.runtime, f"{ref.model}:{ref.version} {variant.name}")
+        golden = self._blobs.read(manifest.golden.blob.digest, manifest.golden.blob.size)
+        try:
+            vectors = msgspec.msgpack.decode(golden, type=GoldenVectors)
+        except msgspec.DecodeError as error:
+            raise PackageError(f"{ref.model}:{ref.version}: golden vectors: {error}") from None
+        return VerifiedPackage(_KEY, ref, manifest, variant, content, vectors)
+
+    def reopen_manifest(self, ref: ModelRef) -> Manifest:
+        """The manifest of a model that was verified and activated before, for a start without network.
+
+        Its digest is the one that the durable state vouches for.
+        """
+        path = self._blobs.path(ref.digest)
+        size = path.stat().st_size if path.exists() else 0
+        return self._manifest(ref, self._blobs.read(ref.digest, size))
+
+    def _manifest(self, ref: ModelRef, content: bytes) -> Manifest:
+        manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")
+        if (manifest.model, manifest.version) != (ref.model, ref.version):
+            raise TrustError(
+                f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
+            )
+        return manifest
+
+
+def choose_variant(manifest: Manifest, runtimes: dict[str, str]) -> Variant:
+    """The first variant whose runtime is installed; the order in the manifest is the releaser's preference.
+
+    Raises PackageError naming what the device has.
+    """
+    for variant in manifest.variants:
+        if variant.runtime in runtimes:
+            return variant
+    offered = ", ".join(sorted({variant.runtime for variant in manifest.variants}))
+    raise PackageError(
+        f"{manifest.model}:{manifest.version} needs one of: {offered}; this device has: {', '.join(runtimes) or 'none'}"
+    )
