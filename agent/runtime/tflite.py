@@ -1,0 +1,51 @@
+"""LiteRT, or its predecessor tflite-runtime where that is what the device has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.runtime.port import Arrays
+from edgeward.errors import RuntimeFault
+
+
+def _interpreter() -> Any:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        from tflite_runtime.interpreter import Interpreter
+    return Interpreter
+
+
+class TfliteModel:
+    """One interpreter; its input is resized when the number of rows changes."""
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            self._interpreter = _interpreter()(model_content=content, num_threads=1)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeFault(f"LiteRT refused the model: {error}") from None
+        self.provider = "XNNPACK"
+        self._inputs = {detail["name"]: detail for detail in self._interpreter.get_input_details()}
+        self._outputs = {detail["name"]: detail for detail in self._interpreter.get_output_details()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def infer(self, inputs: Arrays) -> Arrays:
+        if set(inputs) != set(self._inputs):
+            raise RuntimeFault(f"expected inputs {', '.join(self._inputs)}, got {', '.join(inputs)}")
+        try:
+            shapes = {name: values.shape for name, values in inputs.items()}
+            if shapes != self._shapes:
+                for name, values in inputs.items():
+                    self._interpreter.resize_tensor_input(self._inputs[name]["index"], values.shape)
+                self._interpreter.allocate_tensors()
+                self._shapes = shapes
+            for name, values in inputs.items():
+                self._interpreter.set_tensor(self._inputs[name]["index"], values)
+            self._interpreter.invoke()
+            return {
+                name: self._interpreter.get_tensor(detail["index"]).copy()
+                for name, detail in self._outputs.items()
+            }
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeFault(f"LiteRT: {error}") from None
