@@ -1,0 +1,1 @@
+"""The controller's durable state: SQLite (WAL) by default, PostgreSQL when grown up."""
