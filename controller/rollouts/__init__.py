@@ -1,0 +1,1 @@
+"""Rollout planning: pure decisions only."""
