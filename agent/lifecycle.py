@@ -1,0 +1,106 @@
+"""A slot's lifecycle: one table, pure. `step` decides, the shell in `agent/slots.py` acts.
+
+The running model is not part of the phase: it keeps serving until a candidate has become Active.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.reports import Phase
+
+
+class Event(StrEnum):
+    """What can happen to a candidate."""
+
+    WISHED = "wished"
+    BEGUN = "begun"
+    FETCHED = "fetched"
+    VERIFIED = "verified"
+    TESTING = "testing"
+    PASSED = "passed"
+    REFUSED = "refused"
+    UNAVAILABLE = "unavailable"
+
+
+#: (phase, event) -> phase. Whatever is not here cannot happen, and `step` says so.
+TABLE: dict[tuple[Phase, Event], Phase] = {
+    (Phase.PENDING, Event.BEGUN): Phase.DOWNLOADING,
+    (Phase.DOWNLOADING, Event.FETCHED): Phase.VERIFYING,
+    (Phase.DOWNLOADING, Event.UNAVAILABLE): Phase.PENDING,
+    (Phase.DOWNLOADING, Event.REFUSED): Phase.QUARANTINED,
+    (Phase.VERIFYING, Event.VERIFIED): Phase.STAGED,
+    (Phase.VERIFYING, Event.REFUSED): Phase.QUARANTINED,
+    (Phase.VERIFYING, Event.UNAVAILABLE): Phase.PENDING,
+    (Phase.STAGED, Event.TESTING): Phase.SELF_TEST,
+    (Phase.SELF_TEST, Event.PASSED): Phase.ACTIVE,
+    (Phase.SELF_TEST, Event.REFUSED): Phase.QUARANTINED,
+    (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
+    # A new wish may come at any time and begins at the start.
+    **{(phase, Event.WISHED): Phase.PENDING for phase in Phase},
+}
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """The newest wish for a slot, how far it is, and why. Times are seconds since 1970."""
+
+    target: ModelRef
+    phase: Phase = Phase.PENDING
+    reason: str = ""
+    message: str = ""
+    measured: float | None = None
+    limit: float | None = None
+    since: float = 0.0
+    retry_at: float = 0.0
+    failures: int = 0
+
+
+RETRY_BASE, RETRY_MAX = 1.0, 300.0
+
+
+def wish(target: ModelRef, quarantined: frozenset[str], now: float) -> SlotState:
+    """The state for a new wish; a quarantined digest is refused at once, without fetching it again."""
+    if target.digest in quarantined:
+        return SlotState(
+            target,
+            Phase.QUARANTINED,
+            "Quarantined",
+            "this digest was refused on this device before",
+            since=now,
+        )
+    return SlotState(target, since=now)
+
+
+def step(
+    state: SlotState,
+    event: Event,
+    now: float,
+    *,
+    reason: str = "",
+    message: str = "",
+    measured: float | None = None,
+    limit: float | None = None,
+) -> SlotState:
+    """The state after `event`. Raises ValueError when the table has no such step.
+
+    After UNAVAILABLE the next try waits, twice as long each time, up to RETRY_MAX seconds.
+    """
+    phase = TABLE.get((state.phase, event))
+    if phase is None:
+        raise ValueError(f"no step for {event} in phase {state.phase}")
+    failures = state.failures + 1 if event is Event.UNAVAILABLE else state.failures
+    retry_at = now + min(RETRY_BASE * 2 ** (failures - 1), RETRY_MAX) if event is Event.UNAVAILABLE else 0.0
+    return replace(
+        state,
+        phase=phase,
+        reason=reason,
+        message=message,
+        measured=measured,
+        limit=limit,
+        since=now if phase is not state.phase else state.since,
+        retry_at=retry_at,
+        failures=failures,
+    )
