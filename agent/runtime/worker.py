@@ -40,6 +40,10 @@ def _serve(pipe: Connection, runtime: Runtime, content: bytes) -> None:
             pipe.send(("fault", str(error)))
 
 
+class WorkerStopped(RuntimeFault):
+    """The model was taken out of its slot; its successor is there."""
+
+
 class Worker:
     """One model, one process. `infer` may be called from several threads; calls take turns.
 
@@ -56,6 +60,7 @@ class Worker:
         self._process: Any = None
         self.provider = ""
         self.restarts = 0
+        self._stopped = False
         with self._lock:
             self._start()
 
@@ -70,6 +75,8 @@ class Worker:
         Raises RuntimeFault when the model refuses the inputs, or loses two workers over them.
         """
         with self._lock:
+            if self._stopped:
+                raise WorkerStopped(f"model {self._name} has been replaced")
             for attempt in (1, 2):
                 if self._process is None or not self._process.is_alive():
                     self.restarts += 1
@@ -85,7 +92,9 @@ class Worker:
         raise RuntimeFault(f"model {self._name}: two workers were lost over one request ({why})")
 
     def stop(self) -> None:
+        """End the process once the call in progress has returned."""
         with self._lock:
+            self._stopped = True
             self._end()
 
     def _start(self) -> None:
