@@ -53,7 +53,7 @@ class Trends:
 
     def add(
         self, at_us: int, model: ActiveModel, series: str, values: np.ndarray, edges: list[float]
-    ) -> None:  # type: ignore[type-arg]
+    ) -> None:
         bucket = at_us // self._width * self._width
         self._newest = max(self._newest, bucket)
         key = (series, bucket, model.ref.digest, model.package.variant.name, model.worker.provider)
@@ -212,7 +212,7 @@ class StreamRunner:
         good = [sample for sample in window if not sample.problem]
         features = self._spec.features
         variant = model.package.variant
-        outputs: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+        outputs: dict[str, np.ndarray] = {}
         started = self._clock.monotonic()
         if good:
             matrix = np.array([[sample.values[name] for name in features] for sample in good])
@@ -270,7 +270,7 @@ class StreamRunner:
 
     def _sketch(
         self, model: ActiveModel, at: int, matrix: np.ndarray, outputs: dict[str, np.ndarray]
-    ) -> None:  # type: ignore[type-arg]
+    ) -> None:
         baseline = model.package.manifest.baseline
         for index, name in enumerate(self._spec.features):
             edges = baseline[name].edges if name in baseline else []
