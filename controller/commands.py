@@ -1,7 +1,76 @@
+"""`edgeward up` and `edgeward broker`."""
+
 from __future__ import annotations
 
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from edgeward.errors import MissingDependency
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
+    app.command()(up)
+    app.command()(broker)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def up(
+    data: Annotated[Path, typer.Option("--data", help="Folder for keys, database and artifacts.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 picks a free one.")] = 8470,
+    broker: Annotated[
+        str | None, typer.Option("--broker", help="mqtt(s)://HOST[:PORT]; without it one is embedded.")
+    ] = None,
+    broker_port: Annotated[
+        int, typer.Option("--broker-port", min=0, max=65535, help="Port of the embedded broker.")
+    ] = 1883,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            envvar="EDGEWARD_DATABASE",
+            help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME; by default SQLite in the data folder.",
+        ),
+    ] = None,
+) -> None:
+    """Run the fleet controller until it is told to stop.
+
+    Example: `edgeward up --data ./data` then `edgeward get devices --token-file data/admin.token`
+    """
+    _log_to_stderr()
+    try:
+        from controller.serve import serve
+    except ImportError as error:
+        raise MissingDependency(
+            f"the controller is not installed completely: {error.name}",
+            hint="pip install 'edgeward[controller]'",
+        ) from None
+    serve(data, host, port, broker=broker, broker_port=broker_port, database=database or "")
+
+
+def broker(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 1883,
+    folder: Annotated[Path, typer.Option(help="Folder for its configuration and log.")] = Path(
+        "edgeward-broker"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Run the embedded MQTT broker alone. Example: `edgeward broker --port 1883`"""
+    _log_to_stderr()
+    from edgeward.broker import EmbeddedBroker
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with EmbeddedBroker(folder, port, host) as running:
+        print(f"edgeward broker ready at {running.url}", flush=True)
+        stop.wait()

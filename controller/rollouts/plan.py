@@ -136,7 +136,7 @@ def plan(
     draft.set(observed_generation=generation, devices=len(fleet))
     if status.phase in ENDED:
         draft.set(updated=_updated(fleet, target))
-        return Plan(draft.status, _adopt(fleet, target) if adopts and status.phase == "Complete" else {})
+        return Plan(draft.status, _after(fleet, target, adopts) if status.phase == "Complete" else {})
     if superseded_by:
         draft.event("Superseded", f"rollout {superseded_by} goes to the same fleet and slot")
         draft.move("Superseded", "Superseded", f"by rollout {superseded_by}")
@@ -150,12 +150,16 @@ def _updated(fleet: Mapping[str, Seen], target: ModelRef) -> int:
     return sum(verdict(seen, target) is Verdict.SUCCEEDED for seen in fleet.values())
 
 
-def _adopt(fleet: Mapping[str, Seen], target: ModelRef) -> dict[str, ModelRef | None]:
-    return {
-        name: target
-        for name, seen in fleet.items()
-        if seen.assigned is None and target.digest not in seen.quarantined
-    }
+def _after(fleet: Mapping[str, Seen], target: ModelRef, adopts: bool) -> dict[str, ModelRef | None]:
+    """Once complete: newcomers get the model, and who refuses it late goes back."""
+    changes: dict[str, ModelRef | None] = {}
+    for name, seen in fleet.items():
+        if verdict(seen, target) is Verdict.FAILED:
+            if seen.assigned == target:
+                changes[name] = _before(seen)
+        elif adopts and seen.assigned is None:
+            changes[name] = target
+    return changes
 
 
 def _step(
@@ -169,14 +173,14 @@ def _step(
         if waves and len(waves) == len(spec.waves):
             draft.event("Complete", f"{target.model}:{target.version} runs on the fleet")
             draft.move("Complete", "Complete", f"{draft.status.updated} of {len(fleet)} devices run it")
-            return {}
+            return _assignments(draft, target, fleet)
         if not spec.paused:
             if not _start_wave(spec, draft, target, fleet):
                 return {}
             # Judged at once: what is known to fail is not pushed to the others of its wave.
             if (halted := _judge(spec, draft, target, fleet)) is not None:
                 return halted
-    return _assignments(spec, draft, target, fleet)
+    return _assignments(draft, target, fleet)
 
 
 def _pause_or_resume(spec: RolloutSpec, draft: _Draft) -> None:
@@ -228,9 +232,7 @@ def forgiven(spec: RolloutSpec, devices: int) -> int:
     return math.floor((1 - spec.gate.min_success) * devices + 1e-9)
 
 
-def _assignments(
-    spec: RolloutSpec, draft: _Draft, target: ModelRef, fleet: Mapping[str, Seen]
-) -> dict[str, ModelRef | None]:
+def _assignments(draft: _Draft, target: ModelRef, fleet: Mapping[str, Seen]) -> dict[str, ModelRef | None]:
     """Target for every touched device, back for those which refused it; only what differs."""
     changes: dict[str, ModelRef | None] = {}
     for wave in draft.status.waves:
