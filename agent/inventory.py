@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from typing import Any
 
 import psutil
 
@@ -60,8 +61,8 @@ def node_facts() -> tuple[dict[str, str], list[Accelerator]]:
         )
         return {"name": name}, []
     try:
-        config.load_incluster_config()
-        node = client.CoreV1Api().read_node(name, _request_timeout=10)
+        config.load_incluster_config()  # type: ignore[no-untyped-call]  # the client leaves it untyped
+        node: Any = client.CoreV1Api().read_node(name, _request_timeout=10)
     except Exception as error:  # noqa: BLE001  # the client raises urllib3, config and API errors without a common base
         log.warning(
             "cannot read node %s: %s",
