@@ -1,7 +1,130 @@
+"""`edgeward agent`: the daemon on an edge device."""
+
 from __future__ import annotations
 
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
 import typer
+from rich.console import Console
+
+from edgeward.cli.resources import parse_labels
+from edgeward.errors import MissingDependency, NotFound, UsageError
+
+out = Console(highlight=False, soft_wrap=True)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The agent's folder: identity, models, outbox.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add this package's commands to `app`."""
+    agent = typer.Typer(help="The daemon on an edge device.", no_args_is_help=True)
+    agent.command()(enroll)
+    agent.command()(run)
+    agent.command()(status)
+    app.add_typer(agent, name="agent")
+
+
+def enroll(
+    url: Annotated[str, typer.Option("--url", envvar="EDGEWARD_URL", help="The controller's address.")],
+    token_file: Annotated[Path, typer.Option("--token-file", help="File with a single-use token.")],
+    name: Annotated[str, typer.Option("--name", help="The device's name, unique in the fleet.")],
+    folder: Folder,
+    label: Annotated[str, typer.Option(help="Labels, as key=value,key=value.")] = "",
+) -> None:
+    """Get this device its identity.
+
+    Example: `edgeward agent enroll --url http://127.0.0.1:8470 --token-file token --name line-1a --dir agent`
+    """
+    from agent.identity import enroll as do
+
+    try:
+        token = token_file.read_text().strip()
+    except OSError as error:
+        raise UsageError(f"cannot read {token_file}: {error.strerror}") from None
+    answer = do(folder, url, token, name, parse_labels(label))
+    out.print(f"enrolled device {answer.name} at site {answer.sites[0]}")
+
+
+def run(
+    folder: Folder,
+    broker: Annotated[
+        str | None, typer.Option(help="mqtt:// or mqtts:// address; default: as enrolled.")
+    ] = None,
+    report_interval: Annotated[float, typer.Option(min=0.5, help="Seconds between health reports.")] = 10.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Run the agent until it is told to end (SIGTERM or SIGINT). A kill at any instant loses nothing.
+
+    Example: `edgeward agent run --dir agent`
+    """
+    from edgeward.clock import SystemClock
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("tuf").setLevel(logging.WARNING)
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not enrolled", hint="run `edgeward agent enroll` first")
+    try:
+        from agent.daemon import Daemon
+    except ImportError as error:
+        raise MissingDependency(
+            f"{error.name} is not installed", hint="pip install 'edgeward[agent]'"
+        ) from None
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    daemon = Daemon(folder, SystemClock(), broker=broker, report_interval=report_interval)
+    print(f"edgeward agent {daemon.name} ready in {folder}", flush=True)
+    daemon.run(stop)
+
+
+def status(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
+    from agent.state import State
+    from edgeward.wire.topics import LANES
+
+    path = folder / "state.db"
+    if not path.exists():
+        raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
+    state = State(path, read_only=True)
+    try:
+        facts = {
+            "generation": state.generation(),
+            "epoch": state.epoch,
+            "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
+            "quarantined": state.quarantined(),
+            "outbox": {
+                lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
+                for lane in LANES
+            },
+            "sources": {
+                topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
+            },
+        }
+    finally:
+        state.close()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    out.print(f"desired generation {facts['generation']}")
+    for name, record in state_slots(facts):
+        running = record.get("running") or {}
+        out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
+    for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
+        out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
+
+
+def state_slots(facts: dict[str, object]) -> list[tuple[str, dict[str, dict[str, object]]]]:
+    slots = facts["slots"]
+    return sorted(slots.items()) if isinstance(slots, dict) else []

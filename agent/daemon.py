@@ -1,0 +1,254 @@
+"""The daemon: wires identity, slots, streams, outbox, uplink and reports together."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+
+import msgspec
+import psutil
+
+import edgeward
+from agent import inventory
+from agent.desired import check
+from agent.fetch import BlobStore
+from agent.identity import Identity
+from agent.runtime.port import installed
+from agent.slots import Slots
+from agent.state import State
+from agent.stream import StreamRunner
+from agent.uplink import Uplink
+from agent.verify import Verifier
+from edgeward.clock import Clock
+from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.mqtt import Broker, Link, Message, Will
+from edgeward.trust import dsse
+from edgeward.wire import topics
+from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.envelope import seal
+from edgeward.wire.reports import OutboxReport, Report, Reported, Status
+from edgeward.wire.topics import LANES
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0
+
+
+class Daemon:
+    """One device. `run` returns when `stop` is set; what it had begun is durable at any instant."""
+
+    def __init__(
+        self, folder: Path, clock: Clock, *, broker: str | None = None, report_interval: float = 10.0
+    ) -> None:
+        """Raises Conflict when another agent uses `folder`, NotFound when it is not enrolled."""
+        self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock_file)
+            raise Conflict(f"another agent runs in {folder}", hint="stop it first") from None
+        self._clock = clock
+        self._interval = report_interval
+        self.identity = Identity(folder, clock)
+        self.name = self.identity.name
+        self.state = State(folder / "state.db")
+        self._boot = self.state.next_boot()
+        self._n = 0
+        self._number = threading.Lock()
+        self._inventory = inventory.find()
+        self._wake = threading.Event()
+        self._offers: queue.Queue[bytes] = queue.Queue()
+        self._reported_due = threading.Event()
+        self._streams: dict[str, StreamRunner] = {}
+        self._routes: dict[str, list[StreamRunner]] = {}
+        trust = self.identity.enrollment.trust
+        blobs = BlobStore(folder / "blobs")
+        verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
+        self.slots = Slots(self.state, verifier, installed(), clock, self._changed)
+        self._status_topic = topics.status(self.name)
+        self._desired_topic = topics.desired(self.name)
+        self.link = Link(
+            Broker(broker or self.identity.enrollment.broker),
+            f"edgeward-agent-{self.name.device}",
+            subscriptions=(self._desired_topic, *(topics.ack(self.name, lane) for lane in LANES)),
+            on_message=self._on_message,
+            on_connect=self._on_connect,
+            will=Will(self._status_topic, self._status("offline")),
+            max_reconnect_delay=10.0,
+        )
+        self.uplink = Uplink(
+            self.state,
+            self.name,
+            self.identity.anchor,
+            self.identity.signer,
+            clock,
+            self.link.publish,
+            lambda: self.link.connected,
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop`."""
+        renewed = threading.Event()
+        self.slots.start()
+        self._apply_stored()
+        self.uplink.start()
+        self.link.start()
+        threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()
+        last_report = last_poll = self._clock.monotonic()
+        try:
+            while not stop.is_set():
+                self._wake.wait(0.25)
+                self._wake.clear()
+                now = self._clock.monotonic()
+                while not self._offers.empty():
+                    self._offer(self._offers.get())
+                if renewed.is_set():
+                    renewed.clear()
+                    self._on_connect()
+                if self._reported_due.is_set() and self.link.connected:
+                    self._reported_due.clear()
+                    self._send_reported()
+                if now - last_report >= self._interval and self.link.connected:
+                    self._send_report(now - last_report)
+                    last_report = now
+                if not self.link.connected and now - last_poll >= POLL_SECONDS:
+                    last_poll = now
+                    self._poll_desired()
+        finally:
+            for runner in self._streams.values():
+                runner.stop()
+            self.link.publish(self._status_topic, self._status("offline"), retain=True)
+            self.uplink.stop()
+            self.link.stop()
+            self.slots.stop()
+            self.state.close()
+            os.close(self._lock_file)
+
+    # desired state
+
+    def _apply_stored(self) -> None:
+        """What was accepted before goes on after a restart, without a network and whatever its expiry."""
+        raw = self.state.desired()
+        if raw is not None:
+            keys = self.identity.enrollment.trust.desired_keys
+            try:
+                self._apply(dsse.verify(raw, PAYLOAD_TYPE, keys, DesiredState))
+            except TrustError as error:
+                log.error("the stored desired state is damaged, waiting for a new one: %s", error)
+
+    def _offer(self, raw: bytes) -> None:
+        try:
+            trust = self.identity.enrollment.trust
+            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock.now())
+        except TrustError as error:
+            log.warning("refused desired state: %s", error)
+            return
+        if desired is not None:
+            self.state.accept_desired(desired.generation, raw)
+            log.info("desired generation %d", desired.generation)
+            self._apply(desired)
+        self._changed()
+
+    def _apply(self, desired: DesiredState) -> None:
+        self.slots.wish(desired.slots)
+        wanted = {target.name: target for target in desired.streams}
+        for name in [name for name, runner in self._streams.items() if wanted.get(name) != runner.target]:
+            runner = self._streams.pop(name)
+            runner.stop()
+            self.link.unsubscribe(runner.topic)
+        for name, target in wanted.items():
+            if name not in self._streams:
+                runner = StreamRunner(
+                    target,
+                    self.name,
+                    self.state,
+                    self._clock,
+                    self.slots.active,
+                    self._publish_local,
+                    self.uplink.wake,
+                )
+                self._streams[name] = runner
+                runner.start()
+        routes: dict[str, list[StreamRunner]] = {}
+        for runner in self._streams.values():
+            routes.setdefault(runner.topic, []).append(runner)
+        self._routes = routes
+        self.link.subscribe(*routes)
+
+    def _poll_desired(self) -> None:
+        """While MQTT is away, HTTPS may still be there."""
+        try:
+            raw = self.identity.client.desired(newer_than=self.state.generation(), wait=0.0)
+        except EdgewardError as error:
+            log.debug("no desired state over HTTP: %s", error)
+            return
+        if raw is not None:
+            self._offer(raw)
+
+    # MQTT
+
+    def _on_message(self, message: Message) -> None:
+        if message.topic == self._desired_topic:
+            # Applying it may wait for a stream to end, which must not hold up acks.
+            self._offers.put(message.payload)
+            self._wake.set()
+        elif message.topic in self._routes:
+            for runner in self._routes[message.topic]:
+                runner.receive(message.payload)
+        else:
+            self.uplink.on_ack(message.topic, message.payload)
+
+    def _on_connect(self) -> None:
+        """A broker that was killed has forgotten everything: say it all again."""
+        self.link.publish(self._status_topic, self._status("online"), retain=True)
+        self.uplink.reconnected()
+        self._changed()
+
+    def _publish_local(self, topic: str, payload: bytes) -> bool:
+        return self.link.publish(topic, payload)
+
+    # reports
+
+    def _changed(self) -> None:
+        self._reported_due.set()
+        self._wake.set()
+
+    def _next(self) -> tuple[int, int, float]:
+        with self._number:
+            self._n += 1
+            return self._boot, self._n, self._clock.now()
+
+    def _seal(self, message: msgspec.Struct, topic: str) -> bytes:
+        return seal(message, topic, self.identity.signer(), with_certificate=True)
+
+    def _status(self, state: str) -> bytes:
+        boot, n, at = self._next()
+        status = Status(
+            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.state.epoch,
+            self._inventory,
+        )  # fmt: skip
+        return self._seal(status, self._status_topic)
+
+    def _send_reported(self) -> None:
+        reported = Reported(
+            *self._next(), self.state.generation(), self.slots.report(), quarantined=self.state.quarantined()
+        )
+        topic = topics.reported(self.name)
+        self.link.publish(topic, self._seal(reported, topic), retain=True)
+
+    def _send_report(self, seconds: float) -> None:
+        rows, size = self.state.outbox_size()
+        acked = sum(self.state.lane(lane).floor for lane in LANES)
+        report = Report(
+            *self._next(),
+            seconds,
+            [runner.report() for runner in list(self._streams.values())],
+            OutboxReport(rows, size, acked, 0),
+            psutil.Process().memory_info().rss,
+        )
+        topic = topics.report(self.name)
+        self.link.publish(topic, self._seal(report, topic))
