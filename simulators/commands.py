@@ -1,17 +1,16 @@
-"""`edgeward simulate ...` and `edgeward broker`."""
+"""`edgeward simulate ...`."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edgeward.errors import EdgewardError, MissingDependency, UsageError
+from edgeward.errors import MissingDependency, UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +19,6 @@ def register(app: typer.Typer) -> None:
     simulate.command(name="sensors")(sensors)
     simulate.command(name="demo")(demo)
     app.add_typer(simulate, name="simulate")
-    app.command(name="broker")(broker)
 
 
 def sensors(
@@ -62,7 +60,9 @@ def sensors(
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Folder for everything it makes; replaced.")],
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for everything it makes; replaced.")] = Path(
+        ".edgeward/demo"
+    ),
     summary: Annotated[Path | None, typer.Option("--summary", help="Write the summary here as JSON.")] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Leave all running afterwards, until Ctrl-C.")
@@ -84,23 +84,3 @@ def demo(
         ) from None
     if not run(folder, summary=summary, serve=serve, port=port, configs=configs):
         raise typer.Exit(1)
-
-
-def broker(
-    port: Annotated[int, typer.Option("--port", help="TCP port to listen on.")] = 1883,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    folder: Annotated[Path, typer.Option("--dir", help="Folder for its configuration and log.")] = Path(
-        ".edgeward/broker"
-    ),
-) -> None:
-    """Run the embedded MQTT v5 broker. Example: `edgeward broker --port 1883`"""
-    from edgeward.broker import EmbeddedBroker, accepts
-
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with EmbeddedBroker(folder, port, host) as embedded:
-        print(f"edgeward broker ready at {embedded.url}", flush=True)
-        while not stop.wait(0.5):
-            if not accepts(host, embedded.port):
-                raise EdgewardError("the broker ended by itself", hint=f"see {folder}/broker.log")

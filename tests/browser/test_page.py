@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from edgeward.broker import EmbeddedBroker, free_port
 
 STATIC = Path(__file__).parents[2] / "controller" / "web" / "static"
 EVIL = "<img src=x onerror=\"document.title='broken in'\">"
@@ -92,7 +95,6 @@ class FakeController:
 
     def __init__(self):
         self.content = fleet()
-        self.token = "right"
         self.changed = threading.Condition()
         self.asked = []
         outer = self
@@ -101,8 +103,10 @@ class FakeController:
             def log_message(self, *_):
                 pass
 
-            def reply(self, status, body, kind):
+            def reply(self, status, body, kind, headers=()):
                 self.send_response(status)
+                for name, value in dict(headers).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Security-Policy", "default-src 'self'")
                 self.send_header("Content-Length", str(len(body)))
@@ -118,15 +122,37 @@ class FakeController:
                         self.reply(200, file.read_bytes(), TYPES[file.suffix])
                     else:
                         self.reply(404, b"", "text/plain")
-                elif self.headers.get("Authorization") != f"Bearer {outer.token}":
-                    error = {"error": {"message": "unknown token", "hint": "", "source": "", "field": ""}}
-                    self.reply(401, json.dumps(error).encode(), "application/json")
+                elif "session=good" not in self.headers.get("Cookie", ""):
+                    self.refuse()
                 elif path == "/api/v1/events":
                     self.events()
+                elif path == "/api/v1/overview":
+                    keys = {"devices": "devices", "rollouts": "rollouts", "modelversions": "modelVersions"}
+                    body = {name: outer.content[kind] for kind, name in keys.items()}
+                    body["modelVersions"] = [
+                        {"name": item["metadata"]["name"]} for item in outer.content["modelversions"]
+                    ]
+                    self.reply(200, json.dumps(body).encode(), "application/json")
                 else:
                     kind = path.rsplit("/", 1)[1]
                     items = outer.content[kind]
                     self.reply(200, json.dumps({"items": items}).encode(), "application/json")
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/api/v1/session" and body == {"token": "right"}:
+                    self.reply(
+                        200, b"{}", "application/json", {"Set-Cookie": "session=good; HttpOnly; Path=/"}
+                    )
+                else:
+                    self.refuse()
+
+            def do_DELETE(self):
+                self.reply(204, b"", "text/plain", {"Set-Cookie": "session=; Max-Age=0; Path=/"})
+
+            def refuse(self):
+                error = {"error": {"message": "unknown token", "hint": "", "source": "", "field": ""}}
+                self.reply(401, json.dumps(error).encode(), "application/json")
 
             def events(self):
                 self.send_response(200)
@@ -136,7 +162,7 @@ class FakeController:
                     while not outer.closing:
                         with outer.changed:
                             outer.changed.wait(0.2)
-                        self.wfile.write(b'event: change\ndata: {"kind":"Device"}\n\n')
+                        self.wfile.write(b'event: changed\ndata: {"kind":"Device"}\n\n')
                         self.wfile.flush()
                 except OSError:
                     pass
@@ -210,8 +236,10 @@ class Browser:
 
     def sign_in(self, url, token="right"):
         self.open(url)
-        self.run("sessionStorage.clear()")
+        self.logs()  # what another test left behind
+        self.command("DELETE", "/cookie")
         self.open(url)
+        wait(lambda: not self.run("return document.getElementById('login').hidden"))
         self.run(
             "document.getElementById('token').value = arguments[0];"
             "document.getElementById('login').requestSubmit()",
@@ -265,7 +293,12 @@ def test_shows_the_fleet_and_what_comes_from_outside_stays_text(browser, control
     wait(lambda: browser.text("#link") == "live")
     outside = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(arguments[0]))"
     assert browser.run(outside, controller.url) == []
-    assert [entry for entry in browser.logs() if entry["level"] == "SEVERE"] == []
+    # The first question, without a session, is refused: that is how the page finds out.
+    severe = [entry["message"] for entry in browser.logs() if entry["level"] == "SEVERE"]
+    assert [message for message in severe if "401" not in message] == []
+    assert (
+        browser.run("return document.cookie + JSON.stringify({...sessionStorage, ...localStorage})") == "{}"
+    )
     assert not any("right" in path for path in controller.asked), "the token must not stand in a URL"
 
 
@@ -303,8 +336,19 @@ def test_an_empty_fleet_says_how_to_begin(browser, controller):
 def test_a_wrong_token_is_refused_with_the_reason(browser, controller):
     browser.sign_in(controller.url, token="wrong")
     wait(lambda: "unknown token" in browser.text("#login-error"))
-    assert browser.run("return sessionStorage.length") == 0
     assert browser.run("return document.getElementById('fleet').hidden")
+
+
+def test_a_session_outlives_a_reload_and_ends_on_request(browser, controller):
+    browser.sign_in(controller.url)
+    wait(lambda: browser.text("#link") == "live")
+    browser.open(controller.url)
+    wait(lambda: "turbine-1" in browser.text("#devices"))
+    browser.run("document.getElementById('logout').click()")
+    wait(lambda: browser.text("#link") == "not signed in")
+    browser.open(controller.url)
+    wait(lambda: not browser.run("return document.getElementById('login').hidden"))
+    assert "turbine-1" not in browser.text("main")
 
 
 def test_a_lost_controller_is_shown_with_the_last_known_state(browser):
@@ -315,3 +359,25 @@ def test_a_lost_controller_is_shown_with_the_last_known_state(browser):
     wait(lambda: browser.text("#link") == "disconnected")
     assert "last known state" in browser.text("#notice")
     assert "turbine-1" in browser.text("#devices")
+
+
+def test_the_real_controller_serves_the_page(browser, tmp_path):
+    """The same page, its real server: paths, headers, session cookie, events, empty fleet, first resources."""
+    port, data = free_port(), tmp_path / "data"
+    edgeward = [sys.executable, "-m", "edgeward.cli.main"]
+    with EmbeddedBroker(tmp_path / "broker") as broker, (tmp_path / "log").open("wb") as log:
+        up = [*edgeward, "up", "--data", str(data), "--port", str(port), "--broker", broker.url]
+        process = subprocess.Popen(up, stdout=log, stderr=log)
+        try:
+            wait(lambda: b"ready at" in (tmp_path / "log").read_bytes(), timeout=30)
+            url = f"http://127.0.0.1:{port}/"
+            browser.sign_in(url, token=(data / "admin.token").read_text().strip())
+            wait(lambda: browser.text("#link") == "live")
+            assert "No device has enrolled yet" in browser.text("#devices-empty")
+            severe = [entry["message"] for entry in browser.logs() if entry["level"] == "SEVERE"]
+            assert [message for message in severe if "401" not in message] == []
+            browser.run("document.getElementById('logout').click()")
+            wait(lambda: browser.text("#link") == "not signed in")
+        finally:
+            process.terminate()
+            process.wait(20)

@@ -1,13 +1,5 @@
-// The controller's API. The token travels in a header only: EventSource cannot send one and a token in a
-// URL ends up in logs, so server-sent events are read from a fetch stream.
-
-const KEY = "edgeward-token";
-
-export const token = {
-  get: () => sessionStorage.getItem(KEY) || "",
-  set: (value) => sessionStorage.setItem(KEY, value),
-  clear: () => sessionStorage.removeItem(KEY),
-};
+// The controller's API as a signed-in browser uses it. The token is sent once, in a body; what remains is a
+// cookie that scripts cannot read and that can only read, so EventSource works and no URL holds a secret.
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -16,12 +8,11 @@ export class ApiError extends Error {
   }
 }
 
-async function request(path, signal) {
+async function request(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, { headers: { Authorization: `Bearer ${token.get()}` }, signal, cache: "no-store" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+    response = await fetch(path, { cache: "no-store", credentials: "same-origin", ...options });
+  } catch {
     throw new ApiError(0, "the controller cannot be reached");
   }
   if (!response.ok) {
@@ -29,6 +20,19 @@ async function request(path, signal) {
     throw new ApiError(response.status, body?.error?.message || `the controller answered ${response.status}`);
   }
   return response;
+}
+
+export async function signIn(token) {
+  const headers = { "Content-Type": "application/json" };
+  await request("api/v1/session", { method: "POST", headers, body: JSON.stringify({ token }) });
+}
+
+export async function signOut() {
+  await request("api/v1/session", { method: "DELETE" });
+}
+
+export async function overview() {
+  return (await request("api/v1/overview")).json();
 }
 
 export async function find(plural) {
@@ -40,20 +44,23 @@ export async function reports(device, limit) {
   return (await (await request(path)).json()).items;
 }
 
-// Calls `onOpen` once connected and `onEvent` for every event; returns or throws when the stream ends.
-export async function follow(signal, onOpen, onEvent) {
-  const response = await request("api/v1/events", signal);
-  onOpen();
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value.replaceAll("\r", "")).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      // A block of comments only (": ping") keeps the connection open and says nothing.
-      if (block.split("\n").some((line) => line.startsWith("data"))) onEvent();
-    }
-  }
+// Calls `onChange` for every event and once per connection; `onLost` while there is none. Returns what closes it.
+export function follow(onOpen, onChange, onLost) {
+  let source = null;
+  let timer = 0;
+  const open = () => {
+    source = new EventSource("api/v1/events");
+    source.addEventListener("open", onOpen);
+    source.addEventListener("changed", onChange);
+    source.addEventListener("error", () => {
+      onLost();
+      // The browser tries again by itself, unless the answer was an error.
+      if (source.readyState === EventSource.CLOSED) timer = setTimeout(open, 3000);
+    });
+  };
+  open();
+  return () => {
+    clearTimeout(timer);
+    source.close();
+  };
 }

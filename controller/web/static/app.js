@@ -1,7 +1,7 @@
 // The fleet's page: asks the API again whenever the controller says that something changed.
 // Every value from outside enters the page as a text node.
 
-import { ApiError, find, follow, reports, token } from "./api.js";
+import { ApiError, find, follow, overview, reports, signIn, signOut } from "./api.js";
 import { MOST_SERIES, draw, points, psiMax } from "./plot.js";
 
 const POLL_MS = 5000; // without events
@@ -11,7 +11,7 @@ const REPORTS = 120;
 const $ = (id) => document.getElementById(id);
 const history = new Map(); // device name -> its reports
 let state = null;
-let session = null; // AbortController of the signed-in time
+let unfollow = null; // ends the events of the signed-in time; null: not signed in
 let timer = 0;
 let refreshing = false;
 let due = false; // a refresh stands in the timer because of an event
@@ -188,14 +188,18 @@ async function refresh() {
   due = false;
   clearTimeout(timer);
   try {
-    const [devices, rollouts, versions] = await Promise.all(["devices", "rollouts", "modelversions"].map(find));
+    const { devices, rollouts, modelVersions } = await overview();
+    // A version never changes: its manifest is asked for only when there is a new one.
+    const known = new Set((state?.versions || []).map((version) => version.metadata.name));
+    const same = modelVersions.length === known.size && modelVersions.every((version) => known.has(version.name));
+    const versions = same ? state?.versions || [] : await find("modelversions");
     devices.sort(byName);
     versions.sort((a, b) => a.spec.model.localeCompare(b.spec.model) || b.spec.version - a.spec.version);
     rollouts.sort((a, b) => (b.metadata.creationTimestamp || 0) - (a.metadata.creationTimestamp || 0));
     const wanted = $("plot-device").value;
     const drawn = devices.filter((device, index) => index < 3 * MOST_SERIES || device.metadata.name === wanted);
     await Promise.all(drawn.map(async ({ metadata }) => history.set(metadata.name, await reports(metadata.name, REPORTS))));
-    if (!session) return;
+    if (!unfollow) return;
     state = { devices, rollouts, versions };
     trouble("");
     link(streaming ? "live" : "polling", streaming ? "good" : "warn");
@@ -206,7 +210,7 @@ async function refresh() {
     failed(error);
   } finally {
     refreshing = false;
-    if (session) {
+    if (unfollow) {
       clearTimeout(timer);
       due = again;
       timer = setTimeout(refresh, again ? SETTLE_MS : POLL_MS);
@@ -216,9 +220,9 @@ async function refresh() {
 }
 
 function failed(error) {
-  if (!session) return;
+  if (!unfollow) return;
   if (error instanceof ApiError && (error.status === 401 || error.status === 403)) {
-    logout(`The controller refused this token: ${error.message}`);
+    stop(`The session has ended: ${error.message}`);
     return;
   }
   link("disconnected", "bad");
@@ -227,37 +231,30 @@ function failed(error) {
   $("login").hidden = true;
 }
 
-async function listen(signal) {
-  while (!signal.aborted) {
-    try {
-      await follow(signal, () => {
-        streaming = true;
-        soon();
-      }, soon);
-    } catch (error) {
-      if (signal.aborted) return;
-      if (!(error instanceof ApiError && error.status === 404)) failed(error);
-    }
-    streaming = false;
-    await new Promise((resolve) => setTimeout(resolve, 2000));
-  }
-}
-
 function start() {
-  session = new AbortController();
   $("logout").hidden = false;
   link("connecting", "");
+  unfollow = follow(
+    () => {
+      streaming = true;
+      soon();
+    },
+    soon,
+    () => {
+      if (streaming) soon();
+      streaming = false;
+    },
+  );
   refresh();
-  listen(session.signal);
 }
 
-function logout(message) {
-  session?.abort();
-  session = null;
+function stop(message) {
+  unfollow?.();
+  unfollow = null;
   state = null;
-  clearTimeout(timer);
+  streaming = false;
   due = false;
-  token.clear();
+  clearTimeout(timer);
   history.clear();
   $("logout").hidden = true;
   $("fleet").hidden = true;
@@ -268,15 +265,27 @@ function logout(message) {
   link("not signed in", "");
 }
 
-$("login").addEventListener("submit", (event) => {
+$("login").addEventListener("submit", async (event) => {
   event.preventDefault();
-  token.set($("token").value.trim());
   $("login-error").textContent = "";
+  try {
+    await signIn($("token").value.trim());
+  } catch (error) {
+    stop(error.message);
+    return;
+  }
+  $("token").value = "";
   start();
 });
-$("logout").addEventListener("click", () => logout(""));
+$("logout").addEventListener("click", async () => {
+  await signOut().catch(() => {});
+  stop("");
+});
 $("metric").addEventListener("change", () => state && showPlot());
 $("plot-device").addEventListener("change", () => state && refresh());
 
-if (token.get()) start();
-else logout("");
+// A session of before may still be valid.
+overview().then(start, (error) => {
+  if (error.status === 401 || error.status === 403) stop("");
+  else start();
+});
