@@ -1,10 +1,8 @@
-"""`edgeward up` and `edgeward broker`."""
+"""`edgeward up`: the fleet controller."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +14,11 @@ from edgeward.errors import MissingDependency
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
     app.command()(up)
-    app.command()(broker)
 
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def up(
@@ -55,22 +53,3 @@ def up(
             hint="pip install 'edgeward[controller]'",
         ) from None
     serve(data, host, port, broker=broker, broker_port=broker_port, database=database or "")
-
-
-def broker(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 1883,
-    folder: Annotated[Path, typer.Option(help="Folder for its configuration and log.")] = Path(
-        "edgeward-broker"
-    ),
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-) -> None:
-    """Run the embedded MQTT broker alone. Example: `edgeward broker --port 1883`"""
-    _log_to_stderr()
-    from edgeward.broker import EmbeddedBroker
-
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with EmbeddedBroker(folder, port, host) as running:
-        print(f"edgeward broker ready at {running.url}", flush=True)
-        stop.wait()

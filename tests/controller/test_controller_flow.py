@@ -1,0 +1,62 @@
+"""The way of a model through the controller: release, enrolment, rollout, desired state, halt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeward.trust import dsse
+from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.reports import Phase, SlotReport
+
+
+def opened(device: Any, newer_than: int = 0, wait: float = 10.0) -> DesiredState | None:
+    raw = device.http.desired(newer_than=newer_than, wait=wait)
+    if raw is None:
+        return None
+    return dsse.verify(raw, PAYLOAD_TYPE, device.response.trust.desired_keys, DesiredState)
+
+
+def test_a_good_version_reaches_all_and_a_bad_one_stops_at_the_canary(
+    plant: Any, until: Any, rollout: Any
+) -> None:
+    plant.begin()
+    one, two = plant.enroll("d1"), plant.enroll("d2")
+    v1, v2 = plant.publish(1), plant.publish(2)
+    first = opened(one)
+    assert first is not None and first.slots == {} and first.device == "d1"
+    assert [stream.name for stream in first.streams] == ["s1"]
+
+    for device in (one, two):
+        device.http.send(*device.birth())
+    plant.client.apply([rollout("r1", 1)])
+    canary = opened(one, first.generation)
+    assert canary is not None and canary.slots["default"].active == v1
+    assert "default" not in opened(two).slots  # the second wave waits
+    one.http.send(*one.runs(v1, canary.generation))
+    last = until(lambda: (got := opened(two, wait=0)) and got.slots and got)
+    two.http.send(*two.runs(v1, last.generation))
+    until(lambda: plant.client.get("Rollout", "r1")["status"]["phase"] == "Complete")
+    until(lambda: plant.device("d2")["status"]["state"] == "UpToDate")
+    assert plant.device("d1")["status"]["slots"]["default"]["running"]["version"] == 1
+
+    plant.client.apply([rollout("r2", 2)])
+    tried = opened(one, canary.generation)
+    assert tried is not None and tried.slots["default"].active == v2
+    failed = SlotReport(
+        Phase.QUARANTINED, "SelfTestFailed", "output 0 is off", measured=0.5, limit=0.1, target=v2, running=v1
+    )
+    one.http.send(*one.reported(tried.generation, {"default": failed}, [v2.digest]))
+    back = opened(one, tried.generation)
+    assert back is not None and back.slots["default"].active == v1
+    assert back.generation > tried.generation  # going back is a newer generation
+    status = plant.client.get("Rollout", "r2")["status"]
+    assert status["phase"] == "Halted" and status["reason"] == "SelfTestFailed"
+    event = next(line for line in status["timeline"] if line["reason"] == "SelfTestFailed")
+    assert (event["device"], event["measured"], event["limit"]) == ("d1", 0.5, 0.1)
+    assert "output 0 is off" in event["message"] and "0.5" in status["message"]
+    assert opened(two).slots["default"].active == v1
+
+    # A device that joins later gets what the fleet runs, not what it refused.
+    three = plant.enroll("d3")
+    late = until(lambda: (got := opened(three, wait=0)) and got.slots and got)
+    assert late.slots["default"].active == v1
