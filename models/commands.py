@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from edgeward.cli.context import TokenFile, Url, connect
-from edgeward.clock import SystemClock
+from edgeward.clock import Clock, SystemClock
 from edgeward.errors import MissingDependency, UsageError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -19,7 +19,9 @@ out = Console(highlight=False, soft_wrap=True)
 def register(app: typer.Typer) -> None:
     app.command()(train)
     app.command()(publish)
-    app.command()(recipes)
+    recipes = typer.Typer(help="Recipes: what `edgeward train` can train.", no_args_is_help=True)
+    recipes.command(name="list")(recipes_list)
+    app.add_typer(recipes, name="recipes")
     package = typer.Typer(help="Model packages.", no_args_is_help=True)
     package.command(name="create")(package_create)
     package.command(name="check")(package_check)
@@ -37,13 +39,15 @@ def _missing(error: ImportError) -> MissingDependency:
     return MissingDependency(f"{error.name} is not installed", hint="pip install 'edgeward[train]'")
 
 
-def _step(text: str) -> None:
-    out.print(f"{time.strftime('%H:%M:%S')}  {text}")
+def _progress(clock: Clock) -> Callable[[str], None]:
+    """Prints each step with the seconds since the first one."""
+    start = clock.monotonic()
+    return lambda text: out.print(f"{clock.monotonic() - start:6.1f} s  {text}", highlight=False)
 
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; `edgeward recipes` lists them.")
+        str | None, typer.Argument(help="A recipe's name; `edgeward recipes list` shows them.")
     ] = None,
     filename: Annotated[
         Path | None, typer.Option("-f", "--filename", help="A training file instead.")
@@ -53,10 +57,14 @@ def train(
         str, typer.Option(help="Your CSV: numbers with a header; column `label` holds 0 or 1.")
     ] = "",
     model: Annotated[str, typer.Option(help="The model's name.")] = "",
-    version: Annotated[int, typer.Option(min=1, help="The version to make.")] = 1,
+    version: Annotated[int, typer.Option(min=1, help="The version to make.", show_default="1")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="The package folder to write.")] = None,
-    share: Annotated[str, typer.Option("--train", help="Share of rows to train on.")] = "0:0.7",
-    holdout: Annotated[str, typer.Option(help="Share of rows to judge on; never trained on.")] = "0.7:1.0",
+    share: Annotated[
+        str, typer.Option("--train", help="Share of rows to train on.", show_default="0:0.7")
+    ] = "",
+    holdout: Annotated[
+        str, typer.Option(help="Share of rows to judge on; never trained on.", show_default="0.7:1.0")
+    ] = "",
     parameter: Annotated[
         list[str] | None, typer.Option("--set", help="A recipe parameter, as name=value.")
     ] = None,
@@ -74,6 +82,8 @@ def train(
     if folder is None:
         raise UsageError("no package folder given", hint="pass --out FOLDER")
     if filename is not None:
+        if dataset or data or model or parameter or version or share or holdout:
+            raise UsageError("a training file says all but --out", hint="change the file, or leave -f away")
         wish = training.read_training(filename)
     else:
         if not model:
@@ -85,9 +95,19 @@ def train(
                 raise UsageError(f"{pair!r} is not a parameter", hint="expected --set name=value")
             given[name] = value
         wish = training.Training(
-            recipe or "", model, version, dataset, data, share, holdout, parameters=given
+            recipe or "",
+            model,
+            version or 1,
+            dataset,
+            data,
+            share or "0:0.7",
+            holdout or "0.7:1.0",
+            parameters=given,
         )
-    outcome = training.train(wish, folder, SystemClock(), _step)
+    clock = SystemClock()
+    step = _progress(clock)
+    outcome = training.train(wish, folder, clock, step)
+    step("done")
     for form, off in outcome.parity.items():
         out.print(f"  {form}: differs from the trained model by at most {off:.3g}")
     for name, figure in outcome.quality.items():
@@ -119,8 +139,8 @@ def publish(
     )
 
 
-def recipes() -> None:
-    """List the recipes and their parameters. Example: `edgeward recipes`"""
+def recipes_list() -> None:
+    """List the recipes and their parameters. Example: `edgeward recipes list`"""
     try:
         from models.recipes import RECIPES
     except ImportError as error:

@@ -38,6 +38,18 @@ class Dataset:
             state.update(self.labels.tobytes())
         return state.hexdigest()
 
+    def select(self, features: list[str]) -> Dataset:
+        """Only these features, in this order. Raises InvalidDocument."""
+        for feature in features:
+            if feature not in self.features:
+                raise InvalidDocument(
+                    f"has no column {feature!r}",
+                    source=self.name,
+                    hint=f"its columns are {', '.join(self.features)}",
+                )
+        columns = [self.features.index(feature) for feature in features]
+        return Dataset(self.name, features, self.values[:, columns], self.labels)
+
     def part(self, share: str) -> Dataset:
         """The rows of a share such as `0:0.35` (fractions, start inclusive). Raises InvalidDocument."""
         first, last = parse_share(share)
@@ -64,12 +76,13 @@ def parse_share(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A CSV inside an installed package; `label` names its 0/1 column."""
+    """A CSV inside an installed package; `label` names its 0/1 column, `skip` those that are no numbers."""
 
     package: str
     path: str
     label: str
     about: str
+    skip: tuple[str, ...] = ()
 
 
 SHIPPED = {
@@ -78,6 +91,13 @@ SHIPPED = {
         "datasets/shuttle.csv.gz",
         "anomaly",
         "NASA Statlog Shuttle: 49,097 x 9 sensor readings, 3,511 labelled anomalies (river)",
+    ),
+    "water-flow": Shipped(
+        "river",
+        "datasets/water-flow.csv",
+        "",
+        "Flow through a water pipe: 1,268 hourly readings, no labels (river)",
+        skip=("Time",),
     ),
 }
 
@@ -93,12 +113,14 @@ def load_named(name: str) -> Dataset:
     if found is None or found.origin is None:
         raise MissingDependency(f"{shipped.package} is not installed", hint="pip install 'edgeward[train]'")
     path = Path(found.origin).parent / shipped.path
-    with gzip.open(path, "rt") as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         header = file.readline().strip().split(",")
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32, ndmin=2)
-    label = header.index(shipped.label)
-    features = [column for column in header if column != shipped.label]
-    return Dataset(name, features, np.delete(table, label, axis=1), table[:, label].astype(np.int8))
+        kept = [index for index, column in enumerate(header) if column not in shipped.skip]
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32, ndmin=2, usecols=kept)
+    columns = [header[index] for index in kept]
+    features = [column for column in columns if column != shipped.label]
+    labels = table[:, columns.index(shipped.label)].astype(np.int8) if shipped.label else None
+    return Dataset(name, features, table[:, [columns.index(feature) for feature in features]], labels)
 
 
 def load_csv(path: Path, features: list[str] | None = None) -> Dataset:
@@ -107,13 +129,16 @@ def load_csv(path: Path, features: list[str] | None = None) -> Dataset:
     Raises InvalidDocument naming file, line and column for anything else.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidDocument(f"cannot read it: {error}", source=str(path)) from None
     if len(lines) < 2:
         raise InvalidDocument("expected a header line and rows", source=str(path))
     header = [name.strip() for name in lines[0]]
+    repeated = [name for index, name in enumerate(header) if name in header[:index]]
+    if repeated:
+        raise InvalidDocument(f"has two columns {repeated[0]!r}", source=str(path))
     wanted = features or [name for name in header if name != LABEL]
     missing = [name for name in wanted if name not in header]
     if missing:

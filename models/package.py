@@ -97,6 +97,12 @@ def golden_array(tensor: GoldenTensor) -> npt.NDArray[Any]:
         raise PackageError(f"golden tensor {tensor.name}: {error}") from None
 
 
+def check_free(folder: Path) -> None:
+    """Raises Conflict when something is in the way of a new package."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise Conflict(f"{folder} is not an empty folder", hint="choose another --out, or remove it")
+
+
 def write_package(
     folder: Path,
     *,
@@ -118,8 +124,7 @@ def write_package(
     Raises Conflict when `folder` holds something already, PackageError for a refused file.
     """
     check_name(model, "model")
-    if folder.exists() and any(folder.iterdir()):
-        raise Conflict(f"{folder} is not empty", hint="choose another --out, or remove it")
+    check_free(folder)
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "blobs").mkdir(parents=True)

@@ -14,15 +14,17 @@ from msgspec import Struct
 
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, PackageError
+from edgeward.identifiers import check_name
 from edgeward.wire.package import Decision, GoldenVectors, Lineage, Runtime, TensorSpec
 from models import metrics, recipes
-from models.datasets import Dataset, load_csv, load_named
+from models.datasets import Dataset, load_csv, load_named, parse_share
 from models.inspect import LoadedModel, largest_error
 from models.package import (
     GOLDEN_ROWS,
     ModelFile,
     Package,
     baseline_of,
+    check_free,
     golden_array,
     golden_tensor,
     load_package,
@@ -82,13 +84,22 @@ def train(training: Training, out: Path, clock: Clock, step: Callable[[str], Non
     Raises InvalidDocument for bad data or parameters, PackageError when a form disagrees with the
     trained model.
     """
+    # Everything that can be wrong with the wish is said before the work begins.
     recipe = recipes.find(training.recipe)
-    parameters = merge(recipe.name, recipe.parameters, training.parameters)
+    parameters = merge(recipe, training.parameters)
+    check_name(training.model, "model")
+    if training.version < 1:
+        raise InvalidDocument(f"expected a version >= 1, got {training.version}", field="version")
+    check_free(out)
+    _check_apart(training.train, training.holdout)
     if bool(training.dataset) == bool(training.data):
         raise InvalidDocument("expected either a dataset or a data file", field="dataset")
     step("reading the data")
-    features = training.features or None
-    whole = load_csv(Path(training.data), features) if training.data else load_named(training.dataset)
+    if training.data:
+        whole = load_csv(Path(training.data), training.features or None)
+    else:
+        whole = load_named(training.dataset)
+        whole = whole.select(training.features) if training.features else whole
     fitted, held_out = whole.part(training.train), whole.part(training.holdout)
     step(f"training {recipe.name} on {fitted.rows} rows x {len(fitted.features)} features")
     trained = recipe.train(fitted, parameters)
@@ -125,6 +136,17 @@ def train(training: Training, out: Path, clock: Clock, step: Callable[[str], Non
         metrics=quality,
     )
     return Outcome(package, quality, parity)
+
+
+def _check_apart(train: str, holdout: str) -> None:
+    """Rows that were trained on say nothing about the quality elsewhere. Raises InvalidDocument."""
+    (first, last), (begin, end) = parse_share(train), parse_share(holdout)
+    if first < end and begin < last:
+        raise InvalidDocument(
+            f"{holdout} overlaps the training rows {train}",
+            field="holdout",
+            hint="choose rows apart from them",
+        )
 
 
 def _parity(trained: Trained, form: Exported, held_out: Dataset) -> float:
@@ -188,7 +210,7 @@ def bring(
     if golden_inputs is None:
         raise InvalidDocument("expected --golden-inputs or --golden-from")
     data = load_csv(golden_inputs)
-    spec = _single_matrix(loaded.inputs, str(file))
+    spec = _single_matrix(loaded, str(file))
     if spec.shape[-1] not in (-1, len(data.features)):
         raise InvalidDocument(
             f"has {len(data.features)} feature columns, input {spec.name} expects {spec.shape[-1]}",
@@ -207,10 +229,16 @@ def bring(
     )  # fmt: skip
 
 
-def _single_matrix(inputs: list[TensorSpec], source: str) -> TensorSpec:
+def _single_matrix(loaded: LoadedModel, source: str) -> TensorSpec:
+    inputs = loaded.inputs
     if len(inputs) != 1 or len(inputs[0].shape) != 2:
         shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in inputs)
         raise PackageError(f"{source}: expected one input of shape [rows, features], it has {shapes}")
+    if loaded.runtime == "onnx" and inputs[0].shape[0] != -1:
+        raise PackageError(
+            f"{source}: input {inputs[0].name} takes exactly {inputs[0].shape[0]} rows at a time",
+            hint="export it with a free first dimension (dynamic axis)",
+        )
     return inputs[0]
 
 

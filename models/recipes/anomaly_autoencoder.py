@@ -35,14 +35,23 @@ class AnomalyAutoencoder:
         "contamination": 0.05,
         "seed": 7,
     }
+    limits: dict[str, tuple[float, float]] = {  # noqa: RUF012
+        "hidden": (1, 1024),
+        "bottleneck": (1, 1024),
+        "epochs": (1, 10_000),
+        "rows": (50, 10_000_000),
+        "contamination": (1e-6, 0.5),
+        "seed": (0, 2**32 - 1),
+    }
 
     def train(self, data: Dataset, parameters: dict[str, Any]) -> Trained:
         """Raises InvalidDocument when there are too few rows."""
-        if data.rows < 50:
-            raise InvalidDocument(
-                f"{data.rows} training rows are too few, expected at least 50", source=data.name
-            )
         normal = data.values if data.labels is None else data.values[data.labels == 0]
+        if len(normal) < 50:
+            raise InvalidDocument(
+                f"{len(normal)} training rows without an anomaly are too few, expected at least 50",
+                source=data.name,
+            )
         # Robust scale: a few readings hundreds of times off would flatten everything else.
         centre = np.median(normal, axis=0)
         spread = np.percentile(normal, 95, axis=0) - np.percentile(normal, 5, axis=0)

@@ -41,26 +41,34 @@ class Trained:
 
 
 class Recipe(Protocol):
-    """A recipe's parameters have defaults; `--set name=value` overrides them."""
+    """A recipe's parameters have defaults; `--set name=value` overrides them within `limits` (inclusive)."""
 
     name: str
     about: str
     parameters: dict[str, Any]
+    limits: dict[str, tuple[float, float]]
 
     def train(self, data: Dataset, parameters: dict[str, Any]) -> Trained: ...
 
 
-def merge(recipe: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults overridden by what is given, of the same types. Raises InvalidDocument."""
-    merged = dict(defaults)
+def merge(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults overridden by what is given, of the same types and within limits. Raises InvalidDocument."""
+    merged = dict(recipe.parameters)
     for name, value in given.items():
-        if name not in defaults:
+        field = f"parameters.{name}"
+        if name not in merged:
             raise InvalidDocument(
-                f"recipe {recipe} has no parameter {name!r}", field=name, hint=f"one of {', '.join(defaults)}"
+                f"recipe {recipe.name} has no parameter {name!r}",
+                field=field,
+                hint=f"one of {', '.join(merged)}",
             )
-        kind = type(defaults[name])
+        kind = type(recipe.parameters[name])
+        low, high = recipe.limits[name]
         try:
-            merged[name] = kind(value)
-        except (TypeError, ValueError):
-            raise InvalidDocument(f"expected {kind.__name__}, got {value!r}", field=name) from None
+            # A whole number is read from its text, so that 7.9 is refused rather than cut to 7.
+            merged[name] = kind(str(value))
+        except ValueError:
+            raise InvalidDocument(f"expected {kind.__name__}, got {value!r}", field=field) from None
+        if not low <= merged[name] <= high:
+            raise InvalidDocument(f"expected {low:g} to {high:g}, got {value!r}", field=field)
     return merged

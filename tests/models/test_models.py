@@ -141,7 +141,7 @@ def test_bring_your_own_onnx(forest: training.Outcome, tmp_path: Path) -> None:
     )
     assert package.manifest.features == load_named("shuttle").features
     assert load_package(tmp_path / "p").digest == package.digest
-    with pytest.raises(Conflict, match="not empty"):
+    with pytest.raises(Conflict, match="not an empty folder"):
         training.bring(file, tmp_path / "p", model="own", version=3, clock=CLOCK, golden_inputs=rows)
 
 
