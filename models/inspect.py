@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,11 @@ class LoadedModel:
     def _open_onnx(self, content: bytes, source: str) -> None:
         import onnx
         import onnxruntime
+        from onnx.external_data_helper import uses_external_data
 
         try:
             model = onnx.load_model_from_string(content)
-            if any(item.data_location == onnx.TensorProto.EXTERNAL for item in model.graph.initializer):
+            if any(uses_external_data(item) for item in _tensors(model.graph)):
                 raise PackageError(f"{source}: keeps weights in other files", hint="save it as one file")
             onnx.checker.check_model(model)
             options = onnxruntime.SessionOptions()
@@ -93,6 +95,17 @@ class LoadedModel:
             }
         except Exception as error:  # noqa: BLE001  # as above: the runtimes share no exception
             raise PackageError(f"the model refuses these inputs: {error}") from None
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """All constant tensors of a graph and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def _onnx_spec(item: Any, source: str) -> TensorSpec:

@@ -19,7 +19,7 @@ from edgeward.client import ControllerClient
 from edgeward.clock import Clock
 from edgeward.errors import Conflict, NotFound, TrustError
 from edgeward.storage import write_atomic
-from edgeward.trust.keys import load_or_create, load_private
+from edgeward.trust.keys import load_or_create
 from edgeward.wire.package import target_path
 from models.package import Package
 
@@ -34,7 +34,7 @@ def _expiry(clock: Clock, days: float) -> datetime.datetime:
 def _signer(path: Path) -> CryptoSigner:
     if not path.exists():
         raise NotFound(f"{path}: no such key", hint="run `edgeward release init --keys DIR` first")
-    return CryptoSigner(load_private(path.read_bytes(), str(path)))
+    return CryptoSigner(load_or_create(path))
 
 
 def init(keys: Path, client: ControllerClient, clock: Clock) -> None:
