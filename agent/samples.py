@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -33,14 +34,23 @@ def parse(payload: bytes, source: MqttSource, features: list[str], arrived: floa
 
     A sample that lacks a feature, or has no finite number there, comes back with a `problem`.
     """
-    try:
-        document = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidDocument(f"not JSON: {error}") from None
+    document = _decode(payload)
     items = document if isinstance(document, list) else [document]
     if len(items) > MAX_SAMPLES:
         raise InvalidDocument(f"{len(items)} samples in one message, at most {MAX_SAMPLES}")
     return [_sample(item, source, features, arrived) for item in items]
+
+
+def _decode(payload: bytes) -> Any:
+    try:
+        return msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        refusal = InvalidDocument(f"not JSON: {error}")
+    # Many sensors write NaN or 1e999, which strict JSON refuses. That costs the sample, not the message.
+    try:
+        return json.loads(payload)
+    except (ValueError, RecursionError):
+        raise refusal from None
 
 
 def _sample(item: Any, source: MqttSource, features: list[str], arrived: float) -> Sample:
