@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from edgeward.errors import InvalidDocument
-from edgeward.wire.resources import MqttSource
+from edgeward.wire.streams import MqttSource
 
 MAX_SAMPLES = 10_000
 

@@ -25,8 +25,8 @@ from edgeward.errors import InvalidDocument, RuntimeFault
 from edgeward.identifiers import DeviceName
 from edgeward.wire.desired import StreamTarget
 from edgeward.wire.reports import StreamReport
-from edgeward.wire.resources import MqttSource
 from edgeward.wire.rows import AlarmRow, ResultRow, Row, SampleRow, TrendRow
+from edgeward.wire.streams import MqttSource
 from edgeward.wire.topics import Lane
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ class StreamRunner:
     ) -> None:
         self.target = target
         self._spec = target.spec
-        self._source: MqttSource = target.spec.source.mqtt
+        source = target.spec.source.one()
+        assert isinstance(source, MqttSource)
+        self._source: MqttSource = source
         self.topic = fill_in(self._source.topic, name)
         self._name = name
         self._state = state
@@ -307,7 +309,7 @@ class StreamRunner:
             "version": model.ref.version, "digest": alarm.digest, "source_seq": alarm.source_seq,
         }  # fmt: skip
         for action in self._spec.actions:
-            self._publish(fill_in(action.publish, self._name), msgspec.json.encode(message))
+            self._publish(fill_in(action.publish or "", self._name), msgspec.json.encode(message))
 
     def _acknowledge(self) -> None:
         """Tell the sensor up to where its samples are durable; also again, when it repeats old ones."""

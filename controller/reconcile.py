@@ -25,7 +25,8 @@ from edgeward.trust.keys import PrivateKey
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
-from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, StreamSpec, model_version_name
+from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, model_version_name
+from edgeward.wire.streams import StreamSpec
 
 log = logging.getLogger(__name__)
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import onnxruntime
 
-from agent.runtime.port import Arrays
+from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
 
 
 class OnnxModel:
     """Loaded from bytes, so that a model cannot reach for other files; one thread, no memory arena growth."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, load: LoadOptions) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = load.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:

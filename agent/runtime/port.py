@@ -1,27 +1,107 @@
-"""The port: what every runtime adapter does, and which are installed."""
+"""The port: tensors, what every runtime adapter does, and which runtimes are installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
+from msgspec import Struct
 
-from edgeward.errors import RuntimeFault
-from edgeward.wire.package import Runtime
+from edgeward.errors import EdgewardError, RuntimeFault
+from edgeward.wire.package import Runtime, TensorSpec
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
+class Tensor(Struct, frozen=True, array_like=True):
+    """A tensor as bytes: little-endian, C-ordered. `dtype` is a NumPy name, `bfloat16` or `bytes`.
+
+    `bytes` elements lie one after the other, each behind its length as 4 bytes little-endian (the
+    Open Inference Protocol's binary form).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+class LoadOptions(Struct, frozen=True):
+    """How an adapter loads a model.
+
+    `threads` bounds intra-op threads. `providers` are execution providers or delegates to try, best
+    first, each by its runtime's own name; the adapter asks afterwards which one it got. `compiled` is a
+    folder, private to this model and device, where compiled forms (TensorRT engines, optimised graphs)
+    are kept and found again; empty: none are kept.
+    """
+
+    threads: int = 1
+    providers: tuple[str, ...] = ()
+    gpu_memory_bytes: int | None = None
+    compiled: str = ""
+
+
+class Overloaded(EdgewardError):
+    """The model's queue is full. `retry_after` seconds is when it should have room again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one request, in nanoseconds: waiting for its turn, and in the runtime (with the batch it was part of)."""
+
+    queue_ns: int
+    infer_ns: int
+    batch: int
+
+
+#: Called once, on the engine's loop: output tensors, or why there are none.
+Done = Callable[[list[Tensor] | EdgewardError, Timing], None]
+
+
 class Model(Protocol):
-    """A loaded model. `provider` is the execution provider or delegate really used, asked after loading."""
+    """A loaded model of one adapter, used by one thread at a time per instance.
+
+    `provider` is the execution provider or delegate really used, asked after loading; `inputs` and
+    `outputs` are the signature as the runtime states it.
+    """
 
     provider: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
 
     def infer(self, inputs: Arrays) -> Arrays:
         """Run once; inputs and outputs by tensor name. Raises RuntimeFault naming the tensor at fault."""
         ...
+
+
+class Runner(Protocol):
+    """A model ready to serve, in its worker process or in this one; usable from any thread."""
+
+    provider: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    restarts: int
+
+    def infer(self, inputs: Arrays) -> Arrays:
+        """Run and wait. Raises RuntimeFault, Overloaded."""
+        ...
+
+    def submit(self, inputs: list[Tensor], done: Done) -> None:
+        """Queue a request; on the engine's loop only. Raises Overloaded, and RuntimeFault when it is stopped.
+
+        Requests of the same shapes may run as one batch; each gets its own rows.
+        """
+        ...
+
+    def stop(self) -> None: ...
 
 
 #: Runtime -> the packages that can run it, best first.
@@ -45,14 +125,15 @@ def installed() -> dict[str, str]:
     return found
 
 
-def load(runtime: Runtime, content: bytes) -> Model:
+def load(runtime: Runtime, content: bytes, options: LoadOptions | None = None) -> Model:
     """Open a model from its bytes. Raises RuntimeFault."""
+    options = options or LoadOptions()
     if runtime == "onnx":
         from agent.runtime.onnx import OnnxModel
 
-        return OnnxModel(content)
+        return OnnxModel(content, options)
     if runtime == "tflite":
         from agent.runtime.tflite import TfliteModel
 
-        return TfliteModel(content)
+        return TfliteModel(content, options)
     raise RuntimeFault(f"no adapter for runtime {runtime!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.runtime.port import Arrays
+from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
 
 
@@ -19,9 +19,9 @@ def _interpreter() -> Any:
 class TfliteModel:
     """One interpreter; its input is resized when the number of rows changes."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, load: LoadOptions) -> None:
         try:
-            self._interpreter = _interpreter()(model_content=content, num_threads=1)
+            self._interpreter = _interpreter()(model_content=content, num_threads=load.threads)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise RuntimeFault(f"LiteRT refused the model: {error}") from None

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from edgeward.wire.resources import StreamSpec
+from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.streams import StreamSpec
 
 PAYLOAD_TYPE = "application/vnd.edgeward.desired.v1+json"
 
@@ -25,6 +26,7 @@ class SlotTarget(Struct, frozen=True):
 
     active: ModelRef
     shadow: ModelRef | None = None
+    policy: SlotPolicy = SlotPolicy()
 
 
 class StreamTarget(Struct, frozen=True):

@@ -15,11 +15,9 @@ from msgspec import Meta, Struct
 from edgeward.errors import InvalidDocument
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
-
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-TopicText = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^+#\x00]+$")]
+from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
+from edgeward.wire.streams import StreamSpec, check_stream
 
 
 class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
@@ -31,10 +29,6 @@ class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults
     generation: int = 0
     resource_version: str = ""
     creation_timestamp: float = 0.0
-
-
-class SpecStruct(Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
-    """Base of every spec: camelCase on the wire, unknown fields refused."""
 
 
 # --- Site, Device, Fleet, Model -------------------------------------------------------------------
@@ -61,13 +55,14 @@ class DeviceSpec(SpecStruct, frozen=True):
 
 
 class FleetSpec(SpecStruct, frozen=True):
-    """The devices whose labels equal every pair of `match_labels`, and the streams they run.
+    """The devices whose labels equal every pair of `match_labels`, the streams they run, and how their slots run.
 
     Each device has the labels `site` and `device` besides its own.
     """
 
     match_labels: Annotated[dict[str, str], Meta(min_length=1)]
     streams: list[str] = []
+    slots: dict[str, SlotPolicy] = {}
 
 
 class ModelSpec(SpecStruct, frozen=True):
@@ -81,73 +76,6 @@ class ModelVersionSpec(SpecStruct, frozen=True):
     version: Positive
     digest: str
     manifest: dict[str, Any]
-
-
-# --- Stream ---------------------------------------------------------------------------------------
-
-
-class MqttSource(SpecStruct, frozen=True):
-    """Samples from an MQTT topic. `{site}` and `{device}` in the topic are filled in on the device.
-
-    JSON object per message, or an array of them: `time` names the field with the event time (seconds
-    since 1970; absent: arrival), `values` the object that holds the features (empty: the message itself),
-    `key` an optional field that tells several sensors on one topic apart.
-
-    With `sequence`, each message also carries `epoch` and `seq`; the agent acknowledges on
-    `{topic}/ack` with `{"epoch", "seq"}` once the rows made from them are durable, and drops repeats.
-    """
-
-    topic: TopicText
-    format: Literal["json"] = "json"
-    time: str = ""
-    values: str = ""
-    key: str = ""
-    sequence: bool = False
-
-
-class Source(SpecStruct, frozen=True):
-    mqtt: MqttSource
-
-
-class Window(SpecStruct, frozen=True):
-    """Tumbling window per stream: closes after `count` samples or `timeout` seconds after its first one.
-
-    `aggregate` `none` infers each sample of the window (one call for all of them); `mean` infers once,
-    on the mean of each feature per key.
-    """
-
-    count: Annotated[int, Meta(ge=1, le=4096)] = 1
-    timeout: Seconds = 1.0
-    aggregate: Literal["none", "mean"] = "none"
-
-
-class Action(SpecStruct, frozen=True):
-    """What to do at once when the package's decision is an alarm. Works without any network beyond the local broker."""
-
-    name: str
-    publish: TopicText
-
-
-class Publish(SpecStruct, frozen=True):
-    """What goes up: each result or none, trends per `trend_bucket` seconds of event time, raw samples only if asked."""
-
-    results: Literal["all", "none"] = "all"
-    samples: Literal["all", "none"] = "none"
-    trend_bucket: Seconds = 60.0
-
-
-class StreamSpec(SpecStruct, frozen=True):
-    """source -> window -> features -> model slot -> actions -> what to publish.
-
-    `features` name the model's inputs in the model's order.
-    """
-
-    source: Source
-    features: Annotated[list[str], Meta(min_length=1)]
-    slot: str = "default"
-    window: Window = Window()
-    actions: list[Action] = []
-    publish: Publish = Publish()
 
 
 # --- Rollout --------------------------------------------------------------------------------------
@@ -318,14 +246,12 @@ def _check(spec: SpecStruct) -> None:
             if spec.gate.max_psi is not None and not math.isfinite(spec.gate.max_psi):
                 raise InvalidDocument("expected a finite number", field="spec.gate.maxPsi")
         case StreamSpec():
-            check_name(spec.slot, "spec.slot")
-            if len(set(spec.features)) != len(spec.features):
-                raise InvalidDocument("feature names repeat", field="spec.features")
-            for index, action in enumerate(spec.actions):
-                check_name(action.name, f"spec.actions[{index}].name")
+            check_stream(spec)
         case FleetSpec():
             for index, stream in enumerate(spec.streams):
                 check_name(stream, f"spec.streams[{index}]")
+            for slot in spec.slots:
+                check_name(slot, "spec.slots")
         case DeviceSpec():
             check_name(spec.site, "spec.site")
         case ModelVersionSpec():

@@ -29,8 +29,8 @@ from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState, ModelRef
 from edgeward.wire.desired import encode as encode_desired
 from edgeward.wire.envelope import seal
-from edgeward.wire.resources import MqttSource
 from edgeward.wire.rows import Ack, ResultRow, Row
+from edgeward.wire.streams import MqttSource
 from edgeward.wire.topics import Lane
 
 ME = DeviceName("north", "turbine-1")

@@ -1,0 +1,39 @@
+"""What the server may serve: the port to the agent's slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from agent.runtime.port import Runner
+from edgeward.wire.package import Runtime, TensorSpec
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model version in a slot. `runner` is None while it is not ready; `reason` then says why."""
+
+    name: str
+    version: str
+    runtime: Runtime
+    digest: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    runner: Runner | None
+    reason: str = ""
+    max_batch: int = 1
+    nan: Literal["reject", "allow"] = "reject"
+
+    @property
+    def ready(self) -> bool:
+        return self.runner is not None
+
+
+class Catalog(Protocol):
+    """Asked on each request, on the server's loop: must answer from memory."""
+
+    def find(self, name: str, version: str = "") -> Served | None:
+        """The model; without a version, the acting one."""
+        ...
+
+    def all(self) -> list[Served]: ...

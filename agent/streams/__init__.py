@@ -1,0 +1,1 @@
+"""source -> window -> features -> model -> actions -> publish."""

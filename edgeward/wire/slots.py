@@ -1,0 +1,45 @@
+"""How a model slot runs its model: limits, isolation, and what may be traded for what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from edgeward.wire.spec import Positive, Seconds, SpecStruct
+
+Bytes = Annotated[int, Meta(ge=1 << 20)]
+
+
+class SlotPolicy(SpecStruct, frozen=True):
+    """Part of a Fleet (`spec.slots`), carried to the device in its desired state.
+
+    `threads` bounds the runtime's intra-op threads, `concurrency` how many requests run at once.
+    `memory_bytes` is the worker's ceiling (resident set), `gpu_memory_bytes` the accelerator arena's.
+    `deadline` seconds bound one inference. `isolation` `in-process` spares the worker for a trusted,
+    small model: its crash is then the agent's.
+
+    `providers` are the execution providers or delegates allowed, best first (empty: all that the package
+    allows); with `cpu_fallback` a model that ends up on the CPU although an accelerator was meant is a
+    condition on the device, without it the model is refused. Variants may fall `quality_tolerance` below
+    the best variant's quality; the fastest that keeps `max_latency_ms` (p95 of one example) is taken.
+
+    `max_batch` examples of different requests run as one when the model allows it; a request waits
+    `queue_delay_us` for company at most; `queue` requests may wait before more are refused. `nan`
+    `reject` refuses requests and results that hold NaN.
+    """
+
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1
+    concurrency: Annotated[int, Meta(ge=1, le=64)] = 1
+    memory_bytes: Bytes | None = None
+    gpu_memory_bytes: Bytes | None = None
+    deadline: Seconds = 10.0
+    isolation: Literal["process", "in-process"] = "process"
+    providers: list[str] = []
+    cpu_fallback: bool = False
+    quality_tolerance: Annotated[float, Meta(ge=0)] = 0.0
+    max_latency_ms: Annotated[float, Meta(gt=0)] | None = None
+    max_batch: Positive = 64
+    queue_delay_us: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    queue: Positive = 256
+    nan: Literal["reject", "allow"] = "reject"
