@@ -17,6 +17,7 @@ from agent import inventory
 from agent.desired import check
 from agent.fetch import BlobStore
 from agent.identity import Identity
+from agent.runtime.engine import Engine
 from agent.runtime.port import installed
 from agent.slots import Slots
 from agent.state import State
@@ -68,7 +69,8 @@ class Daemon:
         trust = self.identity.enrollment.trust
         blobs = BlobStore(folder / "blobs")
         verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
-        self.slots = Slots(self.state, verifier, installed(), clock, self._changed)
+        self.engine = Engine()
+        self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed)
         self._status_topic = topics.status(self.name)
         self._desired_topic = topics.desired(self.name)
         self.link = Link(
@@ -93,6 +95,7 @@ class Daemon:
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`."""
         renewed = threading.Event()
+        self.engine.start()
         self.slots.start()
         self._apply_stored()
         self.uplink.start()
@@ -125,6 +128,7 @@ class Daemon:
             self.uplink.stop()
             self.link.stop()
             self.slots.stop()
+            self.engine.stop()
             self.state.close()
             os.close(self._lock_file)
 

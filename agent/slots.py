@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from agent import selftest
 from agent.lifecycle import Event, SlotState, step, wish
-from agent.runtime.worker import Worker
+from agent.runtime.engine import Engine
+from agent.runtime.port import Runner
 from agent.sketch import LiveBaseline
 from agent.state import SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier, choose_variant
@@ -25,10 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ActiveModel:
-    """A verified package on its worker; `live` collects what its drift figure is made of."""
+    """A verified package, ready to infer; `live` collects what its drift figure is made of."""
 
     package: VerifiedPackage
-    worker: Worker
+    runner: Runner
     live: LiveBaseline
 
     @property
@@ -43,12 +44,14 @@ class Slots:
         self,
         state: State,
         verifier: Verifier,
+        engine: Engine,
         runtimes: dict[str, str],
         clock: Clock,
         changed: Callable[[], None],
     ) -> None:
         self._state = state
         self._verifier = verifier
+        self._engine = engine
         self._runtimes = runtimes
         self._clock = clock
         self._changed = changed
@@ -75,7 +78,7 @@ class Slots:
             self._lock.notify_all()
         self._thread.join(30)
         for model in self._active.values():
-            model.worker.stop()
+            model.runner.stop()
 
     def active(self, slot: str) -> ActiveModel | None:
         return self._active.get(slot)
@@ -119,7 +122,7 @@ class Slots:
             running=active.ref if active else None,
             previous=record.previous,
             variant=active.package.variant.name if active else "",
-            provider=active.worker.provider if active else "",
+            provider=active.runner.provider if active else "",
         )
 
     # the candidate's way
@@ -148,7 +151,7 @@ class Slots:
         """Walk one candidate as far as it goes; every stop carries its reason."""
         target = candidate.target
         walk = _Walk(self, name, candidate)
-        worker: Worker | None = None
+        runner: Runner | None = None
         try:
             walk.to(Event.BEGUN)
             manifest = self._verifier.fetch_manifest(target)
@@ -158,16 +161,16 @@ class Slots:
             package = self._verifier.open(target, manifest, variant)
             walk.to(Event.VERIFIED)
             walk.to(Event.TESTING)
-            worker, verdict = self._test(package)
+            runner, verdict = self._test(package)
             if not verdict.passed:
-                worker.stop()
+                runner.stop()
                 self._refuse(walk, "SelfTestFailed", verdict.message, verdict.measured, verdict.limit)
                 return
-            self._activate(name, package, worker)
+            self._activate(name, package, runner)
             walk.to(Event.PASSED, reason="SelfTestPassed", measured=verdict.measured, limit=verdict.limit)
         except _Replaced:
-            if worker is not None:
-                worker.stop()
+            if runner is not None:
+                runner.stop()
         except Unavailable as error:
             walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error))
         except (DigestMismatch, TrustError, PackageError) as error:
@@ -178,20 +181,20 @@ class Slots:
             log.exception("slot %s: %s", name, error)
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
 
-    def _test(self, package: VerifiedPackage) -> tuple[Worker, selftest.Verdict]:
+    def _test(self, package: VerifiedPackage) -> tuple[Runner, selftest.Verdict]:
         """Load on a worker and compare with the golden vectors. Raises RuntimeFault, PackageError."""
         ref = package.ref
         inputs = selftest.golden_inputs(package.golden)
-        worker = Worker(package.variant.runtime, package.content, f"{ref.model}:{ref.version}")
+        runner = self._engine.open(package.variant.runtime, package.content, f"{ref.model}:{ref.version}")
         try:
-            got = worker.infer(inputs)
+            got = runner.infer(inputs)
             tolerance = package.manifest.golden
-            return worker, selftest.judge(package.golden, got, tolerance.atol, tolerance.rtol)
+            return runner, selftest.judge(package.golden, got, tolerance.atol, tolerance.rtol)
         except BaseException:
-            worker.stop()
+            runner.stop()
             raise
 
-    def _activate(self, name: str, package: VerifiedPackage, worker: Worker) -> None:
+    def _activate(self, name: str, package: VerifiedPackage, runner: Runner) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""
         old = self._active.get(name)
         record = self._records.get(name, SlotRecord())
@@ -199,9 +202,9 @@ class Slots:
         self._state.set_slot(name, record)
         with self._lock:
             self._records[name] = record
-            self._active[name] = ActiveModel(package, worker, LiveBaseline(package.manifest.baseline))
+            self._active[name] = ActiveModel(package, runner, LiveBaseline(package.manifest.baseline))
         if old is not None:
-            old.worker.stop()
+            old.runner.stop()
 
     def _refuse(
         self,
@@ -220,8 +223,8 @@ class Slots:
         manifest: Manifest = self._verifier.reopen_manifest(ref)
         variant: Variant = choose_variant(manifest, self._runtimes)
         package = self._verifier.open(ref, manifest, variant)
-        worker = Worker(variant.runtime, package.content, f"{ref.model}:{ref.version}")
-        return ActiveModel(package, worker, LiveBaseline(manifest.baseline))
+        runner = self._engine.open(variant.runtime, package.content, f"{ref.model}:{ref.version}")
+        return ActiveModel(package, runner, LiveBaseline(manifest.baseline))
 
 
 class _Replaced(Exception):

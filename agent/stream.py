@@ -56,7 +56,7 @@ class Trends:
     ) -> None:
         bucket = at_us // self._width * self._width
         self._newest = max(self._newest, bucket)
-        key = (series, bucket, model.ref.digest, model.package.variant.name, model.worker.provider)
+        key = (series, bucket, model.ref.digest, model.package.variant.name, model.runner.provider)
         self._open.setdefault(key, Statistics(edges)).add(values)
 
     def take(self, target: StreamTarget, *, everything: bool = False) -> list[Row]:
@@ -221,7 +221,7 @@ class StreamRunner:
             if self._spec.window.aggregate == "mean":
                 matrix = np.broadcast_to(matrix.mean(axis=0), matrix.shape)
             tensor = variant.inputs[0]
-            got = model.worker.infer({tensor.name: np.ascontiguousarray(matrix, dtype=tensor.dtype)})
+            got = model.runner.infer({tensor.name: np.ascontiguousarray(matrix, dtype=tensor.dtype)})
             outputs = {
                 name: values.reshape(len(good), -1)[:, -1].astype(float) for name, values in got.items()
             }
@@ -232,7 +232,7 @@ class StreamRunner:
         results: list[ResultRow] = []
         alarms: list[AlarmRow] = []
         index = 0
-        common = (model.ref.digest, variant.name, model.worker.provider)
+        common = (model.ref.digest, variant.name, model.runner.provider)
         for sample in window:
             where = (
                 sample.event_time,

@@ -1,0 +1,113 @@
+"""The worker process: load one model, then answer one request after the other.
+
+Started as `python -m agent.runtime.child SOCKET CONTENT` with two inherited descriptors. It imports
+nothing of the agent but the runtime, so that it is small and quick to start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+
+import msgspec
+
+from agent.runtime.channel import Channel, Frame, Kind
+from agent.runtime.port import LoadOptions, Model, Tensor, load
+from agent.runtime.tensors import to_arrays, to_tensors
+from edgeward.errors import EdgewardError, RuntimeFault
+from edgeward.wire.package import Runtime, TensorSpec
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Load(msgspec.Struct, array_like=True):
+    """The first frame: what lies in the content descriptor and how to load it."""
+
+    runtime: Runtime
+    size: int
+    options: LoadOptions
+    concurrency: int
+
+
+class Loaded(msgspec.Struct, array_like=True):
+    """The answer: what the runtime says of the model."""
+
+    provider: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+def _answer(model: Model, inputs: list[Tensor], raw: dict[str, str]) -> list[Tensor]:
+    return to_tensors(model.infer(to_arrays(inputs)), raw)
+
+
+def _serve_one(
+    channel: Channel, model: Model, raw: dict[str, str], frame: Frame, lock: threading.Lock
+) -> None:
+    try:
+        outputs = _answer(model, channel.tensors(frame, copy=False), raw)
+    except RuntimeFault as error:
+        with lock:
+            channel.send(Kind.FAULT, frame.slot, str(error).encode())
+        return
+    with lock:
+        channel.send_tensors(Kind.RESULT, frame.slot, outputs)
+
+
+def _serve(channel: Channel, models: list[Model]) -> None:
+    raw = {spec.name: spec.dtype for spec in models[0].outputs if spec.dtype == "bfloat16"}
+    lock = threading.Lock()
+    if len(models) == 1:
+        while True:
+            for frame in channel.receive():
+                _serve_one(channel, models[0], raw, frame, lock)
+    waiting: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+
+    def work(model: Model) -> None:
+        while True:
+            try:
+                _serve_one(channel, model, raw, waiting.get(), lock)
+            except OSError:
+                os._exit(0)  # the agent is gone
+
+    for model in models:
+        threading.Thread(target=work, args=(model,), daemon=True).start()
+    while True:
+        for frame in channel.receive():
+            waiting.put(frame)
+
+
+def main(socket_number: int, content_number: int) -> None:
+    """Serve until the agent closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker that hangs in native code must not outlive an agent that was killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    channel = Channel(socket.socket(fileno=socket_number))
+    (first,) = channel.receive()
+    wish = msgspec.msgpack.decode(first.payload, type=Load)
+    with os.fdopen(content_number, "rb") as file:
+        content = file.read(wish.size)
+    try:
+        models = [load(wish.runtime, content, wish.options)]
+        # An onnxruntime session may be used by several threads, a LiteRT interpreter may not.
+        for _ in range(wish.concurrency - 1):
+            models.append(models[0] if wish.runtime == "onnx" else load(wish.runtime, content, wish.options))
+    except EdgewardError as error:
+        channel.send(Kind.FAULT, 0, str(error).encode())
+        return
+    del content
+    model = models[0]
+    channel.send(Kind.LOADED, 0, msgspec.msgpack.encode(Loaded(model.provider, model.inputs, model.outputs)))
+    _serve(channel, models)
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(0)
