@@ -1,0 +1,1 @@
+"""Side-by-side measurements, one module per question: `python -m benchmarks.NAME [--quick] [--json FILE]`."""
