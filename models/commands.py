@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -155,14 +156,28 @@ def package_create(
     folder: Annotated[Path, typer.Option("--out", help="The package folder to write.")],
     model: Annotated[str, typer.Option(help="The model's name.")],
     version: Annotated[int, typer.Option(min=1, help="The version.")],
-    onnx: Annotated[Path | None, typer.Option(help="An ONNX file.")] = None,
-    tflite: Annotated[Path | None, typer.Option(help="A TFLite file.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX file: variant `onnx-cpu`.")] = None,
+    tflite: Annotated[Path | None, typer.Option(help="A TFLite file: variant `tflite-cpu`.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="A further form, NAME=FILE; each device takes the fastest that is good enough."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PROVIDER,...: where a variant is meant to run, best first."),
+    ] = None,
+    quality: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER: a variant's quality, larger is better.")
+    ] = None,
     golden_inputs: Annotated[
-        Path | None, typer.Option(help="CSV rows whose outputs become the reference.")
+        Path | None,
+        typer.Option(help="CSV rows, or an .npz with an array per input; the outputs become the reference."),
     ] = None,
     golden_from: Annotated[
         Path | None, typer.Option(help="A package whose reference this file must reproduce.")
     ] = None,
+    atol: Annotated[float | None, typer.Option(min=0, help="How far golden outputs may be off.")] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="The same, as a share of the value.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Alarm when the last output is above this.")] = None,
     skip_golden_check: Annotated[
         bool, typer.Option("--skip-golden-check", help="Leave it to the devices' self-test to refuse it.")
@@ -171,30 +186,67 @@ def package_create(
     """Package a model from elsewhere.
 
     Example: `edgeward package create --onnx model.onnx --golden-inputs rows.csv --model m --version 1 --out package`
+
+    Two forms: `edgeward package create --onnx m.onnx --variant int8=m-int8.onnx --quality onnx-cpu=0.91
+    --quality int8=0.90 --golden-inputs images.npz --atol 0.05 --rtol 0.1 --model m --version 2 --out package`
     """
     try:
-        from models.train import bring
+        from models.bring import Brought, Reference, bring, parse_variant
+        from models.package import GOLDEN_ATOL, GOLDEN_RTOL
     except ImportError as error:
         raise _missing(error) from None
-    if (onnx is None) == (tflite is None):
-        raise UsageError("expected either --onnx or --tflite")
+    brought = [Brought("onnx-cpu", onnx, "onnx")] if onnx else []
+    brought += [Brought("tflite-cpu", tflite, "tflite")] if tflite else []
+    brought += [parse_variant(text) for text in variant or []]
+    if not brought:
+        raise UsageError("expected --onnx, --tflite or --variant")
     if (golden_inputs is None) == (golden_from is None):
         raise UsageError("expected either --golden-inputs or --golden-from")
-    file = onnx or tflite
-    assert file is not None
+    names = [item.name for item in brought]
+    meant = _pairs(provider or [], names, "--provider")
+    worth = _pairs(quality or [], names, "--quality")
+    try:
+        brought = [
+            replace(
+                item,
+                providers=tuple(filter(None, meant.get(item.name, "").split(","))),
+                quality=float(worth[item.name]) if item.name in worth else None,
+            )
+            for item in brought
+        ]
+    except ValueError:
+        raise UsageError("--quality: expected NAME=NUMBER") from None
+    tolerance = None
+    if atol is not None or rtol is not None:
+        tolerance = (
+            atol if atol is not None else GOLDEN_ATOL,
+            rtol if rtol is not None else GOLDEN_RTOL,
+        )
     package = bring(
-        file,
+        brought,
         folder,
         model=model,
         version=version,
         clock=SystemClock(),
-        golden_inputs=golden_inputs,
-        golden_from=golden_from,
+        reference=Reference(golden_inputs, golden_from),
         threshold=threshold,
         check=not skip_golden_check,
-        runtime="onnx" if onnx else "tflite",
+        tolerance=tolerance,
     )
     out.print(f"{model} version {version} in {folder}, digest {package.digest}")
+
+
+def _pairs(texts: list[str], names: list[str], option: str) -> dict[str, str]:
+    """`NAME=VALUE` of known variants. Raises UsageError."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in names:
+            raise UsageError(
+                f"{option}: {text!r} names no variant", hint=f"NAME=VALUE, NAME one of {', '.join(names)}"
+            )
+        found[name] = value
+    return found
 
 
 def package_check(package: Annotated[Path, typer.Argument(help="A package folder.")]) -> None:

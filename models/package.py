@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from edgeward.wire.package import (
 Floats = npt.NDArray[np.float32]
 
 BASELINE_BINS = 10
+GOLDEN_ATOL, GOLDEN_RTOL = 1e-4, 1e-3
 GOLDEN_ROWS = 64
 MEDIA_TYPES: dict[Runtime, str] = {"onnx": "application/onnx", "tflite": "application/vnd.tflite"}
 
@@ -51,6 +52,7 @@ class ModelFile:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     quality: float | None = None
+    providers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def write_package(
                 _store(staging, file.content, MEDIA_TYPES[file.runtime]),
                 file.inputs,
                 file.outputs,
+                providers=file.providers,
                 quality=file.quality,
             )
             for file in files

@@ -15,24 +15,22 @@ from msgspec import Struct
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, PackageError
 from edgeward.identifiers import check_name
-from edgeward.wire.package import Decision, GoldenVectors, Lineage, Runtime, TensorSpec
+from edgeward.wire.package import GoldenVectors, Lineage
 from models import metrics, recipes
 from models.datasets import Dataset, load_csv, load_named, parse_share
-from models.inspect import LoadedModel, largest_error
+from models.inspect import largest_error
 from models.package import (
+    GOLDEN_ATOL,
     GOLDEN_ROWS,
+    GOLDEN_RTOL,
     ModelFile,
     Package,
     baseline_of,
     check_free,
-    golden_array,
     golden_tensor,
-    load_package,
     write_package,
 )
 from models.recipes.base import Exported, Rows, Trained, merge
-
-GOLDEN_ATOL, GOLDEN_RTOL = 1e-4, 1e-3
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,90 +166,3 @@ def _golden(trained: Trained, rows: Rows) -> GoldenVectors:
         [golden_tensor(form.inputs[0].name, chosen)],
         [golden_tensor(form.outputs[0].name, trained.reference(chosen).reshape(-1, 1))],
     )
-
-
-def bring(
-    file: Path,
-    out: Path,
-    *,
-    model: str,
-    version: int,
-    clock: Clock,
-    golden_inputs: Path | None = None,
-    golden_from: Path | None = None,
-    threshold: float | None = None,
-    check: bool = True,
-    runtime: Runtime = "onnx",
-) -> Package:
-    """Package an ONNX or TFLite file from elsewhere.
-
-    Golden vectors are the file's own answers to the rows of `golden_inputs` (CSV), or those of another
-    package, which the file must then reproduce unless `check` is off. Raises PackageError.
-    """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{file}: cannot read it: {error.strerror}") from None
-    loaded = LoadedModel(content, runtime, str(file))
-    form = ModelFile(f"{loaded.runtime}-cpu", loaded.runtime, content, loaded.inputs, loaded.outputs)
-    libraries: dict[str, str] = {}
-    if golden_from is not None:
-        source = load_package(golden_from)
-        golden = source.golden()
-        tolerance = (source.manifest.golden.atol, source.manifest.golden.rtol)
-        if check:
-            _check_golden(loaded, golden, tolerance, str(file))
-        manifest = source.manifest
-        return write_package(
-            out, model=model, version=version, files=[form], golden=golden, tolerance=tolerance,
-            features=manifest.features, lineage=manifest.lineage, clock=clock, decision=manifest.decision,
-            baseline=manifest.baseline, metrics={},
-        )  # fmt: skip
-    if golden_inputs is None:
-        raise InvalidDocument("expected --golden-inputs or --golden-from")
-    data = load_csv(golden_inputs)
-    spec = _single_matrix(loaded, str(file))
-    if spec.shape[-1] not in (-1, len(data.features)):
-        raise InvalidDocument(
-            f"has {len(data.features)} feature columns, input {spec.name} expects {spec.shape[-1]}",
-            source=str(golden_inputs),
-        )
-    rows = data.values[:GOLDEN_ROWS].astype(spec.dtype)
-    outputs = loaded.run({spec.name: rows})
-    golden = GoldenVectors(
-        [golden_tensor(spec.name, rows)], [golden_tensor(name, values) for name, values in outputs.items()]
-    )
-    decision = None if threshold is None else Decision(loaded.outputs[-1].name, threshold)
-    return write_package(
-        out, model=model, version=version, files=[form], golden=golden, tolerance=(GOLDEN_ATOL, GOLDEN_RTOL),
-        features=data.features, clock=clock, decision=decision, baseline=baseline_of(data.values, data.features),
-        lineage=Lineage("brought", {"file": file.name}, data.name, data.digest(), data.rows, "0:1", libraries),
-    )  # fmt: skip
-
-
-def _single_matrix(loaded: LoadedModel, source: str) -> TensorSpec:
-    inputs = loaded.inputs
-    if len(inputs) != 1 or len(inputs[0].shape) != 2:
-        shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in inputs)
-        raise PackageError(f"{source}: expected one input of shape [rows, features], it has {shapes}")
-    if loaded.runtime == "onnx" and inputs[0].shape[0] != -1:
-        raise PackageError(
-            f"{source}: input {inputs[0].name} takes exactly {inputs[0].shape[0]} rows at a time",
-            hint="export it with a free first dimension (dynamic axis)",
-        )
-    return inputs[0]
-
-
-def _check_golden(
-    loaded: LoadedModel, golden: GoldenVectors, tolerance: tuple[float, float], source: str
-) -> None:
-    got = loaded.run({tensor.name: golden_array(tensor) for tensor in golden.inputs})
-    for tensor in golden.outputs:
-        if tensor.name not in got:
-            raise PackageError(f"{source}: has no output {tensor.name!r}", hint=f"it has {', '.join(got)}")
-        off, limit = largest_error(got[tensor.name], golden_array(tensor), *tolerance)
-        if off > limit:
-            raise PackageError(
-                f"{source}: output {tensor.name} is off its golden values by {off:.3g}, limit {limit:.3g}",
-                hint="package it with its own golden inputs, or skip the check on purpose",
-            )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from edgeward.clock import ManualClock
-from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, PackageError
+from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, PackageError, UsageError
 from models import train as training
+from models.bring import Brought, Reference, bring, parse_variant
 from models.datasets import load_csv, load_named, write_csv
 from models.inspect import LoadedModel, largest_error
 from models.metrics import best_f1_threshold, detection
@@ -125,8 +129,13 @@ def test_a_file_that_is_no_onnx_model(content: bytes, says: str, tmp_path: Path)
     file = tmp_path / "model.onnx"
     file.write_bytes(content)
     with pytest.raises(PackageError, match=says):
-        training.bring(
-            file, tmp_path / "p", model="m", version=1, clock=CLOCK, golden_inputs=tmp_path / "x.csv"
+        bring(
+            [Brought("onnx-cpu", file, "onnx")],
+            tmp_path / "p",
+            model="m",
+            version=1,
+            clock=CLOCK,
+            reference=Reference(tmp_path / "x.csv"),
         )
     assert not (tmp_path / "p").exists(), "nothing half-made"
 
@@ -136,23 +145,29 @@ def test_bring_your_own_onnx(forest: training.Outcome, tmp_path: Path) -> None:
     file.write_bytes(forest.package.blob(forest.package.manifest.variants[0].blob).read_bytes())
     rows = tmp_path / "rows.csv"
     write_csv(load_named("shuttle").part("0.9:0.92"), rows)
-    package = training.bring(
-        file, tmp_path / "p", model="own", version=3, clock=CLOCK, golden_inputs=rows, threshold=0.5
-    )
+    own = [Brought("onnx-cpu", file, "onnx")]
+    more: dict[str, Any] = {"model": "own", "version": 3, "clock": CLOCK, "reference": Reference(rows)}
+    package = bring(own, tmp_path / "p", threshold=0.5, **more)
     assert package.manifest.features == load_named("shuttle").features
     assert load_package(tmp_path / "p").digest == package.digest
     with pytest.raises(Conflict, match="not an empty folder"):
-        training.bring(file, tmp_path / "p", model="own", version=3, clock=CLOCK, golden_inputs=rows)
+        bring(own, tmp_path / "p", **more)
 
 
 def test_wrong_outputs_are_refused_unless_asked_for(forest: training.Outcome, tmp_path: Path) -> None:
     other = training.train(wish("anomaly-detection", train="0:0.1"), tmp_path / "other", CLOCK, quiet)
     file = tmp_path / "wrong.onnx"
     file.write_bytes(other.package.blob(other.package.manifest.variants[0].blob).read_bytes())
-    arguments = {"model": "shuttle", "version": 3, "clock": CLOCK, "golden_from": forest.package.folder}
+    arguments: dict[str, Any] = {
+        "model": "shuttle",
+        "version": 3,
+        "clock": CLOCK,
+        "reference": Reference(package=forest.package.folder),
+    }
+    wrong = [Brought("onnx-cpu", file, "onnx")]
     with pytest.raises(PackageError, match="off its golden values"):
-        training.bring(file, tmp_path / "p", **arguments)  # type: ignore[arg-type]
-    assert training.bring(file, tmp_path / "p", check=False, **arguments).manifest.version == 3  # type: ignore[arg-type]
+        bring(wrong, tmp_path / "p", **arguments)
+    assert bring(wrong, tmp_path / "p", check=False, **arguments).manifest.version == 3
 
 
 @pytest.mark.parametrize(
@@ -204,3 +219,49 @@ def test_detection_figures() -> None:
     assert (figures["precision"], figures["recall"], figures["auc"]) == (0.5, 0.5, 0.75)
     assert "auc" not in detection(scores, np.zeros(4, np.int8), 0.5)
     assert 0.6 < best_f1_threshold(scores, np.array([0, 0, 0, 1], np.int8)) < 0.9
+
+
+def two_inputs(path: Path, scale: float = 1.0) -> Path:
+    """`total = scale * sum(image) + offset`, with a batch of exactly two."""
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [2, 3, 4])
+    offset = helper.make_tensor_value_info("offset", TensorProto.FLOAT, [2])
+    total = helper.make_tensor_value_info("total", TensorProto.FLOAT, [2])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2])
+    factor = helper.make_tensor("factor", TensorProto.FLOAT, [], [scale])
+    nodes = [
+        helper.make_node("ReduceSum", ["image", "axes"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "offset"], ["total"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [image, offset], [total], [axes, factor])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def test_several_variants_of_any_shape_with_arrays_as_golden_inputs(tmp_path: Path) -> None:
+    first, second = two_inputs(tmp_path / "a.onnx"), two_inputs(tmp_path / "b.onnx", 1.01)
+    arrays = {"image": np.ones((2, 3, 4), np.float32), "offset": np.array([0.5, 1.5], np.float32)}
+    np.savez(tmp_path / "in.npz", **arrays)  # type: ignore[arg-type]  # arrays by name
+    forms = [
+        Brought("fp32", first, "onnx", ("CUDAExecutionProvider",), 0.9),
+        parse_variant(f"quick={second}"),
+    ]
+    more: dict[str, Any] = {"model": "m", "version": 1, "clock": CLOCK}
+    reference = Reference(tmp_path / "in.npz")
+    package = bring(forms, tmp_path / "p", reference=reference, tolerance=(0.5, 0.0), **more)
+    one, two = package.manifest.variants
+    assert (one.providers, one.quality, two.name) == (["CUDAExecutionProvider"], 0.9, "quick")
+    assert golden_array(package.golden().outputs[0]).tolist() == [12.5, 13.5]
+    with pytest.raises(PackageError, match="off its golden values"):
+        bring(forms, tmp_path / "q", reference=reference, **more)
+    np.savez(tmp_path / "in.npz", image=arrays["image"])
+    with pytest.raises(InvalidDocument, match="the model's inputs are image, offset"):
+        bring(forms, tmp_path / "q", reference=reference, **more)
+    np.savez(tmp_path / "in.npz", image=arrays["image"], offset=np.ones(3, np.float32))
+    with pytest.raises(InvalidDocument, match=r"offset: is float32 \[3\], expected float32 \[2\]"):
+        bring(forms, tmp_path / "q", reference=reference, **more)
+    np.savez(tmp_path / "in.npz", image=np.array([object()]), offset=arrays["offset"])
+    with pytest.raises(InvalidDocument, match="cannot read it"):
+        bring(forms, tmp_path / "q", reference=reference, **more)
+    with pytest.raises(UsageError, match="not a variant"):
+        parse_variant("model.pkl")
