@@ -209,9 +209,10 @@ def _arrays(loaded: LoadedModel, path: Path) -> Arrays:
         fits = len(array.shape) == len(spec.shape) and all(
             size in (-1, have) for size, have in zip(spec.shape, array.shape, strict=True)
         )
-        if array.dtype.name != spec.dtype or not fits:
+        dtype = "bytes" if array.dtype.kind in "US" else array.dtype.name
+        if dtype != spec.dtype or not fits:
             raise InvalidDocument(
-                f"is {array.dtype.name} {list(array.shape)}, expected {spec.dtype} {spec.shape}",
+                f"is {dtype} {list(array.shape)}, expected {spec.dtype} {spec.shape}",
                 source=str(path),
                 field=name,
             )

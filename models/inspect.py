@@ -27,6 +27,7 @@ _ONNX_TYPES = {
     "tensor(uint32)": "uint32",
     "tensor(uint64)": "uint64",
     "tensor(bool)": "bool",
+    "tensor(string)": "bytes",
 }
 
 
@@ -84,6 +85,7 @@ class LoadedModel:
         try:
             if self.runtime == "onnx":
                 names = [spec.name for spec in self.outputs]
+                inputs = {name: _as_text(values) for name, values in inputs.items()}
                 return dict(zip(names, self._session.run(names, inputs), strict=True))
             details = self._interpreter.get_input_details()
             for detail in details:
@@ -98,6 +100,15 @@ class LoadedModel:
             }
         except Exception as error:  # noqa: BLE001  # as above: the runtimes share no exception
             raise PackageError(f"the model refuses these inputs: {error}") from None
+
+
+def _as_text(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """onnxruntime wants text as `str` objects."""
+    if values.dtype.kind not in "OS":
+        return values
+    decoded = np.empty(values.size, object)
+    decoded[:] = [item.decode() if isinstance(item, bytes) else item for item in values.reshape(-1).tolist()]
+    return decoded.reshape(values.shape)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -128,10 +139,13 @@ def largest_error(
 ) -> tuple[float, float]:
     """The largest absolute difference, and its limit at that element (`atol + rtol * |want|`).
 
-    Infinite when shapes differ or a value is not finite.
+    Infinite when shapes differ, a value is not finite, or a text is another.
     """
     if got.shape != want.shape:
         return float("inf"), atol
+    if want.dtype.kind in "OUS":
+        same = all(map(_same_text, got.reshape(-1).tolist(), want.reshape(-1).tolist()))
+        return (0.0 if same else float("inf")), atol
     off = np.abs(got.astype(np.float64) - want.astype(np.float64))
     if not np.isfinite(off).all():
         return float("inf"), atol
@@ -140,3 +154,8 @@ def largest_error(
     limits = atol + rtol * np.abs(want.astype(np.float64))
     worst = int(np.argmax(off - limits))
     return float(off.reshape(-1)[worst]), float(limits.reshape(-1)[worst])
+
+
+def _same_text(one: Any, other: Any) -> bool:
+    left, right = (item if isinstance(item, bytes) else str(item).encode() for item in (one, other))
+    return left == right

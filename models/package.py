@@ -33,6 +33,7 @@ from edgeward.wire.package import (
     Variant,
     decode_manifest,
 )
+from edgeward.wire.tensors import pack_elements, unpack_elements
 
 Floats = npt.NDArray[np.float32]
 
@@ -87,13 +88,22 @@ def baseline_of(values: Floats, features: list[str]) -> dict[str, FeatureBaselin
 
 
 def golden_tensor(name: str, values: npt.NDArray[Any]) -> GoldenTensor:
+    if values.dtype.kind in "OUS":
+        items = [
+            item if isinstance(item, bytes) else str(item).encode() for item in values.reshape(-1).tolist()
+        ]
+        return GoldenTensor(name, "bytes", list(values.shape), pack_elements(items))
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"))
     return GoldenTensor(name, str(values.dtype), list(values.shape), little.tobytes())
 
 
 def golden_array(tensor: GoldenTensor) -> npt.NDArray[Any]:
-    """Raises PackageError when data and shape do not fit."""
+    """Raises PackageError when data and shape do not fit. Text comes as an array of `bytes` objects."""
     try:
+        if tensor.dtype == "bytes":
+            array = np.empty(len(items := unpack_elements(tensor.data)), object)
+            array[:] = items
+            return array.reshape(tensor.shape)
         return np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
     except (TypeError, ValueError) as error:
         raise PackageError(f"golden tensor {tensor.name}: {error}") from None

@@ -10,6 +10,7 @@ import numpy as np
 
 from agent.runtime.port import Arrays, Tensor
 from edgeward.errors import RuntimeFault
+from edgeward.wire.tensors import pack_elements, unpack_elements
 
 _LENGTH = struct.Struct("<I")
 
@@ -17,11 +18,9 @@ _LENGTH = struct.Struct("<I")
 def to_tensor(name: str, array: np.ndarray) -> Tensor:
     """An array as bytes; text becomes UTF-8, an array of objects `bytes`."""
     if array.dtype.kind in "OUS":
-        parts = []
-        for item in array.reshape(-1).tolist():
-            data = item if isinstance(item, bytes) else str(item).encode()
-            parts += [_LENGTH.pack(len(data)), data]
-        return Tensor(name, "bytes", array.shape, b"".join(parts))
+        items = array.reshape(-1).tolist()
+        data = pack_elements(item if isinstance(item, bytes) else str(item).encode() for item in items)
+        return Tensor(name, "bytes", array.shape, data)
     whole = np.ascontiguousarray(array)
     if whole.dtype.byteorder == ">":
         whole = whole.astype(whole.dtype.newbyteorder("<"))
@@ -37,7 +36,7 @@ def to_array(tensor: Tensor) -> np.ndarray:
     """
     try:
         if tensor.dtype == "bytes":
-            items = split_bytes(tensor.data)
+            items = unpack_elements(tensor.data)
             array = np.empty(len(items), object)
             array[:] = items
             return array.reshape(tensor.shape)
@@ -57,21 +56,6 @@ def to_tensors(arrays: Arrays, dtypes: dict[str, str] | None = None) -> list[Ten
 
 def to_arrays(tensors: Sequence[Tensor]) -> Arrays:
     return {tensor.name: to_array(tensor) for tensor in tensors}
-
-
-def split_bytes(data: bytes | memoryview) -> list[bytes]:
-    """The elements of a `bytes` tensor. Raises ValueError when a length points beyond the end."""
-    items, at, end = [], 0, len(data)
-    while at < end:
-        if at + 4 > end:
-            raise ValueError("a length is cut off")
-        (size,) = _LENGTH.unpack_from(data, at)
-        at += 4
-        if at + size > end:
-            raise ValueError(f"an element of {size} bytes reaches beyond the end")
-        items.append(bytes(data[at : at + size]))
-        at += size
-    return items
 
 
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]

@@ -265,3 +265,27 @@ def test_several_variants_of_any_shape_with_arrays_as_golden_inputs(tmp_path: Pa
         bring(forms, tmp_path / "q", reference=reference, **more)
     with pytest.raises(UsageError, match="not a variant"):
         parse_variant("model.pkl")
+
+
+def test_a_model_of_texts_is_packaged_with_texts(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "StringNormalizer", ["text"], ["plain"], case_change_action="LOWER", locale="C.UTF-8"
+            )
+        ],
+        "g",
+        [helper.make_tensor_value_info("text", TensorProto.STRING, [None])],
+        [helper.make_tensor_value_info("plain", TensorProto.STRING, [None])],
+    )
+    file = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(file))
+    np.savez(tmp_path / "in.npz", text=np.array(["Größe", "", "PUMP"]))
+    package = bring(
+        [Brought("onnx-cpu", file, "onnx")], tmp_path / "p", model="m", version=1, clock=CLOCK,
+        reference=Reference(tmp_path / "in.npz"),
+    )  # fmt: skip
+    assert [spec.dtype for spec in package.manifest.variants[0].inputs] == ["bytes"]
+    (output,) = package.golden().outputs
+    assert golden_array(output).tolist() == ["größe".encode(), b"", b"pump"]
+    assert load_package(tmp_path / "p").digest == package.digest

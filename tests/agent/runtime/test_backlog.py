@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from agent.runtime import recovery
 from agent.runtime.backlog import MAX_ATTEMPTS, Backlog, Batch
 from agent.runtime.port import Tensor
-from agent.runtime.tensors import join, split, split_bytes, to_array, to_tensor
+from agent.runtime.tensors import join, split, to_array, to_tensor
+from edgeward.wire.tensors import pack_elements, unpack_elements
 
 
 def request(rows: int, width: int = 2, first: float = 0.0) -> list[Tensor]:
@@ -108,10 +109,10 @@ def test_outputs_that_do_not_keep_to_rows_cannot_be_split() -> None:
 @given(st.binary(max_size=64))
 def test_any_bytes_are_elements_or_refused(data: bytes) -> None:
     try:
-        items = split_bytes(data)
+        items = unpack_elements(data)
     except ValueError:
         return
-    assert sum(4 + len(item) for item in items) == len(data)
+    assert pack_elements(items) == data
 
 
 def test_losses_wait_longer_and_longer_and_make_a_loop() -> None:
