@@ -111,8 +111,9 @@ class MqttSampleSource:
             self._link.subscribe(topic, self._receive)
 
     def stop(self) -> None:
-        for topic in self._subscriptions:
-            self._link.unsubscribe(topic)
+        if self._sink is not None and not self._stop.is_set():
+            for topic in self._subscriptions:
+                self._link.unsubscribe(topic)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(5)

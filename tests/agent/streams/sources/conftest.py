@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from agent.streams.samples import Samples
+from agent.streams.sources.port import SampleSource, Sink
 
 
 class RecordingSink:
@@ -71,3 +72,17 @@ def until() -> Callable[..., None]:
             time.sleep(0.005)
 
     return wait
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[SampleSource, Sink], None]]:
+    """Starts sources, and stops them whatever became of the test."""
+    started: list[SampleSource] = []
+
+    def begin(source: SampleSource, sink: Sink) -> None:
+        started.append(source)
+        source.start(sink)
+
+    yield begin
+    for source in started:
+        source.stop()
