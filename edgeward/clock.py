@@ -10,12 +10,15 @@ class Clock(Protocol):
     """A source of time.
 
     `now` is wall-clock time in seconds since 1970-01-01T00:00Z; it may jump.
-    `monotonic` is seconds since an arbitrary start; it never goes back.
+    `monotonic` is seconds since an arbitrary start, `monotonic_ns` the same in nanoseconds; it never goes
+    back.
     """
 
     def now(self) -> float: ...
 
     def monotonic(self) -> float: ...
+
+    def monotonic_ns(self) -> int: ...
 
 
 class SystemClock:
@@ -24,6 +27,9 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def monotonic_ns(self) -> int:
+        return time.monotonic_ns()
 
 
 class ManualClock:
@@ -38,6 +44,9 @@ class ManualClock:
 
     def monotonic(self) -> float:
         return self._monotonic
+
+    def monotonic_ns(self) -> int:
+        return int(self._monotonic * 1e9)
 
     def advance(self, seconds: float) -> None:
         self._now += seconds

@@ -120,3 +120,53 @@ class Backlog:
         if dropped:
             self._waiting = deque(request for request in self._waiting if not gone(request))
         return dropped
+
+
+class InFlight:
+    """The batches that a worker has. Batches run in the order they were sent, `concurrency` at once."""
+
+    def __init__(self, concurrency: int) -> None:
+        self._concurrency = concurrency
+        self._batches: dict[int, Batch] = {}
+        self._free: list[int] = []
+        self.take_all()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def suspects(self) -> bool:
+        """A request that was there when a worker was lost runs now: nothing else may begin."""
+        return any(request.attempts for batch in self._batches.values() for request in batch.requests)
+
+    def send(self, batch: Batch, now: int) -> int:
+        """The slot for a batch; one may be sent ahead of those that run."""
+        slot = self._free.pop()
+        self._batches[slot] = batch
+        self._start(now)
+        return slot
+
+    def answered(self, slot: int, now: int) -> Batch:
+        """The batch of a slot, which is free again. Raises KeyError for a slot that is not in use."""
+        batch = self._batches.pop(slot)
+        self._free.append(slot)
+        self._start(now)
+        return batch
+
+    def _start(self, now: int) -> None:
+        for place, batch in enumerate(self._batches.values()):
+            if batch.started is None and place < self._concurrency:
+                batch.started = now
+
+    def oldest_start(self) -> int | None:
+        """When the batch that runs longest began; None when none runs."""
+        return min(
+            (batch.started for batch in self._batches.values() if batch.started is not None), default=None
+        )
+
+    def take_all(self) -> list[Batch]:
+        """Everything, in the order it was sent; all slots are free then."""
+        batches = list(self._batches.values())
+        self._batches.clear()
+        self._free = list(range(self._concurrency + 1))
+        return batches

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from agent.runtime.inprocess import InProcess
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.worker import Events, Worker, WorkerStopped
+from edgeward.clock import Clock, SystemClock
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import Runtime
 from edgeward.wire.slots import SlotPolicy
@@ -47,7 +48,9 @@ class Engine:
         *,
         on_crash_loop: Callable[[str, int, float], None] = lambda name, losses, seconds: None,
         on_recovered: Callable[[str], None] = lambda name: None,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self._events = Events(on_crash_loop, on_recovered)
         self.loop = _new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -83,9 +86,11 @@ class Engine:
         options = options or LoadOptions(threads=policy.threads, gpu_memory_bytes=policy.gpu_memory_bytes)
         runner: Runner
         if policy.isolation == "in-process":
-            runner = InProcess(runtime, content, name, options, self.loop)
+            runner = InProcess(runtime, content, options, self.loop, self._clock)
         else:
-            worker = Worker(self.loop, runtime, content, name, policy, options, batchable, self._events)
+            worker = Worker(
+                self.loop, runtime, content, name, policy, options, batchable, self._events, self._clock
+            )
             self.call(worker.start())
             runner = worker
         self._runners.add(runner)

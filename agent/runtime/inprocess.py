@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 from agent.runtime.port import Arrays, Done, LoadOptions, Tensor, Timing, load
 from agent.runtime.tensors import to_arrays, to_tensors
+from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, RuntimeFault
 from edgeward.wire.package import Runtime
 
@@ -21,12 +21,12 @@ class InProcess:
         self,
         runtime: Runtime,
         content: bytes,
-        name: str,
         options: LoadOptions,
         loop: asyncio.AbstractEventLoop,
+        clock: Clock,
     ) -> None:
         self._model = load(runtime, content, options)
-        self._name = name
+        self._clock = clock
         self._loop = loop
         self._lock = threading.Lock()
         self.provider = self._model.provider
@@ -39,13 +39,13 @@ class InProcess:
             return self._model.infer(inputs)
 
     def submit(self, inputs: list[Tensor], done: Done) -> None:
-        began = time.monotonic_ns()
+        began = self._clock.monotonic_ns()
         result: list[Tensor] | EdgewardError
         try:
             result = to_tensors(self.infer(to_arrays(inputs)), self._raw)
         except RuntimeFault as error:
             result = error
-        self._loop.call_soon(done, result, Timing(0, time.monotonic_ns() - began, 1))
+        self._loop.call_soon(done, result, Timing(0, self._clock.monotonic_ns() - began, 1))
 
     def stop(self) -> None:
         """Nothing runs on its own here."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from agent.runtime import recovery
-from agent.runtime.backlog import Backlog, Batch, Pending
+from agent.runtime.backlog import Backlog, InFlight, Pending
 from agent.runtime.channel import Channel, Frame, Kind
 from agent.runtime.child import Load, Loaded
 from agent.runtime.port import Arrays, Done, LoadOptions, Overloaded, Tensor, Timing
 from agent.runtime.process import ChildProcess
 from agent.runtime.tensors import join, split, to_arrays, to_tensors
+from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, RuntimeFault
 from edgeward.wire.package import Runtime, TensorSpec
 from edgeward.wire.slots import SlotPolicy
@@ -77,8 +77,10 @@ class Worker:
         options: LoadOptions,
         batchable: bool,
         events: Events,
+        clock: Clock,
     ) -> None:
         self._loop = loop
+        self._clock = clock
         self._load = Load(runtime, len(content), options, policy.concurrency)
         self._content = content
         self._name = name
@@ -87,8 +89,7 @@ class Worker:
         self._backlog = Backlog(policy.queue, policy.max_batch if batchable else 1)
         self._process: ChildProcess | None = None
         self._ready = False
-        self._running: dict[int, Batch] = {}
-        self._free = list(range(policy.concurrency + 1))
+        self._in_flight = InFlight(policy.concurrency)
         self._losses = recovery.Losses()
         self._mean_ns = 0.0
         self._company = 1.0
@@ -141,7 +142,7 @@ class Worker:
         if self._backlog.full:
             seconds = len(self._backlog) * max(self._mean_ns, 1e6) / 1e9 / self._policy.concurrency
             raise Overloaded(f"model {self._name}: {len(self._backlog)} requests wait already", seconds)
-        self._backlog.add(inputs, done, time.monotonic_ns())
+        self._backlog.add(inputs, done, self._clock.monotonic_ns())
         self._pump()
 
     def stop(self) -> None:
@@ -165,7 +166,7 @@ class Worker:
         self._tick()
 
     def _launch(self) -> None:
-        self._began = time.monotonic()
+        self._began = self._clock.monotonic()
         self._process = ChildProcess(self._content, self._load, self._policy.threads)
         self._loop.add_reader(self._process.fileno(), self._readable)
 
@@ -180,17 +181,15 @@ class Worker:
             self._loop.remove_reader(process.fileno())
             self._loop.remove_writer(process.fileno())
             process.end()
-        self._free = list(range(self._policy.concurrency + 1))
 
     async def _drain(self) -> None:
         self._stopped = True
-        until = self._loop.time() + self._policy.deadline
-        while (self._running or len(self._backlog)) and self._loop.time() < until:
+        until = self._clock.monotonic() + self._policy.deadline
+        while (self._in_flight or len(self._backlog)) and self._clock.monotonic() < until:
             await asyncio.sleep(0.005)
         self._end()
         gone = WorkerStopped(f"model {self._name} has been replaced")
-        lost = [request for batch in self._running.values() for request in batch.requests]
-        self._running.clear()
+        lost = [request for batch in self._in_flight.take_all() for request in batch.requests]
         self._fail([*lost, *self._backlog.drop(lambda request: True)], gone)
 
     # the worker's answers
@@ -212,20 +211,16 @@ class Worker:
         if not self._ready:
             self._answered_load(frame)
             return
-        batch = self._running.pop(frame.slot)
-        self._free.append(frame.slot)
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
+        batch = self._in_flight.answered(frame.slot, now)
         spent = now - (batch.started or batch.sent)
         self._mean_ns += (spent - self._mean_ns) * 0.1
         self._losses = recovery.answered(self._losses)
-        self._start_next(now)
         if frame.kind is Kind.FAULT:
             fault = RuntimeFault(f"model {self._name}: {bytes(frame.payload).decode(errors='replace')}")
             if len(batch.requests) > 1:
                 # One bad request must not spoil the others it was joined with.
-                for request in batch.requests:
-                    request.attempts += 1
-                self._backlog.put_back([Batch(batch.requests, batch.sent)])
+                self._backlog.put_back([batch])
                 return
             self._fail(batch.requests, fault)
             return
@@ -255,7 +250,10 @@ class Worker:
         self.provider, self.inputs, self.outputs = loaded.provider, loaded.inputs, loaded.outputs
         self._ready = True
         log.info(
-            "model %s: loaded in %.2f s on %s", self._name, time.monotonic() - self._began, self.provider
+            "model %s: loaded in %.2f s on %s",
+            self._name,
+            self._clock.monotonic() - self._began,
+            self.provider,
         )
         if loading is not None:
             loading.set_result(None)
@@ -270,16 +268,15 @@ class Worker:
         ahead = 1 if self._mean_ns > _SEND_AHEAD_NS else 0
         depth = self._policy.concurrency + ahead
         backlog = self._backlog
-        while len(backlog) and len(self._running) < depth:
-            if self._running and (backlog.suspect or self._suspects()):
+        while len(backlog) and len(self._in_flight) < depth:
+            if self._in_flight and (backlog.suspect or self._in_flight.suspects):
                 return
             if self._waits_for_company():
                 return
-            now = time.monotonic_ns()
+            now = self._clock.monotonic_ns()
             batch = backlog.take(now)
-            slot = self._free.pop()
-            self._running[slot] = batch
-            self._start_next(now)
+            slot = self._in_flight.send(batch, now)
+            self._watch()
             try:
                 channel.send_tensors(Kind.REQUEST, slot, join([request.inputs for request in batch.requests]))
             except OSError:
@@ -292,12 +289,9 @@ class Worker:
                 self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
-        until = time.monotonic_ns() + _POLL_NS
-        while len(self._running) == 1 and time.monotonic_ns() < until:
+        until = self._clock.monotonic_ns() + _POLL_NS
+        while len(self._in_flight) == 1 and self._clock.monotonic_ns() < until:
             self._readable()
-
-    def _suspects(self) -> bool:
-        return any(request.attempts for batch in self._running.values() for request in batch.requests)
 
     def _waits_for_company(self) -> bool:
         """Whether the next batch should wait for more requests; it is then sent by a timer at the latest."""
@@ -305,7 +299,7 @@ class Worker:
         oldest = self._backlog.oldest
         if not delay or oldest is None or self._backlog.max_batch == 1 or self._backlog.suspect:
             return False
-        left = oldest + delay - time.monotonic_ns()
+        left = oldest + delay - self._clock.monotonic_ns()
         if left <= 0 or self._backlog.rows() >= self._backlog.max_batch:
             return False
         if self._delay is None:
@@ -330,20 +324,16 @@ class Worker:
 
     # deadlines, losses
 
-    def _start_next(self, now: int) -> None:
-        """Batches run in the order they were sent, so many at once; each has its deadline from its start."""
-        for place, batch in enumerate(self._running.values()):
-            if batch.started is None and place < self._policy.concurrency:
-                batch.started = now
-        if self._timer is None and self._running:
+    def _watch(self) -> None:
+        if self._timer is None:
             self._timer = self._loop.call_later(self._policy.deadline, self._check_deadline)
 
     def _check_deadline(self) -> None:
         self._timer = None
-        started = [batch.started for batch in self._running.values() if batch.started is not None]
-        if not started:
+        oldest = self._in_flight.oldest_start()
+        if oldest is None:
             return
-        left = self._policy.deadline - (time.monotonic_ns() - min(started)) / 1e9
+        left = self._policy.deadline - (self._clock.monotonic_ns() - oldest) / 1e9
         if left > 0:
             self._timer = self._loop.call_later(left, self._check_deadline)
             return
@@ -357,10 +347,9 @@ class Worker:
         if loading is not None:
             loading.set_exception(RuntimeFault(f"model {self._name}: its worker {why} while loading it"))
             return
-        if self._stopped and not self._running and not len(self._backlog):
+        if self._stopped and not self._in_flight and not len(self._backlog):
             return
-        lost = list(self._running.values())
-        self._running.clear()
+        lost = self._in_flight.take_all()
         if hung:
             self._fail(
                 [
@@ -374,7 +363,7 @@ class Worker:
             )
             lost = [batch for batch in lost if not (batch.started and len(batch.requests) == 1)]
         failed = self._backlog.put_back(lost)
-        self._losses, delay, looping = recovery.lost(self._losses, time.monotonic())
+        self._losses, delay, looping = recovery.lost(self._losses, self._clock.monotonic())
         log.warning("model %s: its worker %s, starting again in %.1f s", self._name, why, delay)
         self._fail(
             failed, RuntimeFault(f"model {self._name}: two workers were lost over one request ({why})")
@@ -389,7 +378,7 @@ class Worker:
             self._launch()
 
     def _fail(self, requests: list[Pending], error: EdgewardError) -> None:
-        now = time.monotonic_ns()
+        now = self._clock.monotonic_ns()
         for request in requests:
             _give(request, error, now, 0, 0)
 
@@ -398,12 +387,16 @@ class Worker:
     def _tick(self) -> None:
         if self._stopped:
             return
-        self._losses, recovered = recovery.quiet(self._losses, time.monotonic())
+        self._losses, recovered = recovery.quiet(self._losses, self._clock.monotonic())
         if recovered:
             self._events.on_recovered(self._name)
-        if not self._ready and time.monotonic() - self._began > START_DEADLINE and self._process is not None:
+        if (
+            not self._ready
+            and self._clock.monotonic() - self._began > START_DEADLINE
+            and self._process is not None
+        ):
             self._lost(f"was not ready within {START_DEADLINE:.0f} s")
-        limit = time.monotonic_ns() - int(self._policy.deadline * 1e9)
+        limit = self._clock.monotonic_ns() - int(self._policy.deadline * 1e9)
         if not self._ready:
             late = self._backlog.drop(lambda request: request.arrived < limit)
             self._fail(late, Overloaded(f"model {self._name} is being started again", 1.0))
@@ -415,7 +408,7 @@ class Worker:
         if ceiling is None or used <= ceiling:
             self._recycling = False
             return
-        if self._running:
+        if self._in_flight:
             self._recycling = True  # what runs may end; nothing new begins
             return
         self._recycling = False
