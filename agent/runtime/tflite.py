@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
+from edgeward.wire.package import TensorSpec
 
 
 def _interpreter() -> Any:
@@ -14,6 +17,11 @@ def _interpreter() -> Any:
     except ImportError:
         from tflite_runtime.interpreter import Interpreter
     return Interpreter
+
+
+def _spec(detail: Any) -> TensorSpec:
+    signature = detail["shape_signature"] if len(detail["shape_signature"]) else detail["shape"]
+    return TensorSpec(detail["name"], np.dtype(detail["dtype"]).name, [int(size) for size in signature])
 
 
 class TfliteModel:
@@ -28,6 +36,8 @@ class TfliteModel:
         self.provider = "XNNPACK"
         self._inputs = {detail["name"]: detail for detail in self._interpreter.get_input_details()}
         self._outputs = {detail["name"]: detail for detail in self._interpreter.get_output_details()}
+        self.inputs = [_spec(detail) for detail in self._inputs.values()]
+        self.outputs = [_spec(detail) for detail in self._outputs.values()]
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def infer(self, inputs: Arrays) -> Arrays:
