@@ -1,0 +1,124 @@
+"""One inference: from checked tensors to the engine and back, counted and timed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from agent.runtime.port import Tensor, Timing
+from agent.serving.catalog import Catalog, Served
+from agent.serving.refusal import Refusal, from_engine
+from agent.serving.signature import Signature
+from agent.serving.statistics import Statistics
+from edgeward.clock import Clock
+from edgeward.errors import EdgewardError
+
+log = logging.getLogger(__name__)
+
+#: Makes the transport's answer from checked outputs and hands it out. May raise Refusal before that.
+Finish = Callable[[dict[str, Tensor]], None]
+Fail = Callable[[Refusal], None]
+
+_REMEMBERED_MODELS = 256
+
+
+class Models:
+    """The catalog with a prepared signature for each model in it."""
+
+    def __init__(self, catalog: Catalog, statistics: Statistics) -> None:
+        self.catalog = catalog
+        self._statistics = statistics
+        self._signatures: dict[tuple[str, str], Signature] = {}
+
+    def find(self, name: str, version: str = "") -> Served:
+        """Raises Refusal (404)."""
+        served = self.catalog.find(name, version)
+        if served is not None:
+            return served
+        acting = self.catalog.find(name) if version else None
+        if acting is None:
+            raise Refusal(404, f"unknown model '{name[:100]}'")
+        raise Refusal(404, f"model '{name}' has no version '{version[:40]}' here, but {acting.version}")
+
+    def ready(self, name: str, version: str = "") -> Signature:
+        """Raises Refusal: 404 when there is no such model, 503 when it is not ready."""
+        served = self.catalog.find(name, version)
+        if served is None:
+            served = self.find(name, version)
+        if served.runner is None:
+            reason = f": {served.reason}" if served.reason else ""
+            raise Refusal(503, f"model '{name}' version {served.version} is not ready{reason}", retry_after=1)
+        signature = self._signatures.get((name, version))
+        if signature is None or (signature.served is not served and signature.served != served):
+            if len(self._signatures) >= _REMEMBERED_MODELS:
+                self._signatures.clear()
+            signature = Signature(served, self._statistics.of(served.name, served.version))
+            self._signatures[(name, version)] = signature
+        return signature
+
+
+class Inference:
+    """Counts one request as a success or a failure, whichever way it ends."""
+
+    __slots__ = ("_began", "_clock", "_fail", "_finish", "_rows", "_signature", "_submitted")
+
+    def __init__(self, signature: Signature, clock: Clock, began: float, finish: Finish, fail: Fail) -> None:
+        """`began` is the clock's monotonic time when the request was complete."""
+        self._signature = signature
+        self._clock = clock
+        self._began = began
+        self._finish = finish
+        self._fail = fail
+        self._rows = 1
+        self._submitted = began
+
+    def submit(self, tensors: list[Tensor], body_bytes: int) -> None:
+        """Queue it; `finish` or `fail` is called later on this loop, or `fail` at once."""
+        signature = self._signature
+        served, stats = signature.served, signature.stats
+        if served.max_batch > 1 and tensors and tensors[0].shape:
+            self._rows = tensors[0].shape[0]
+        stats.body.observe(body_bytes)
+        self._submitted = now = self._clock.monotonic()
+        stats.compute_input += now - self._began
+        runner = served.runner
+        if runner is None:
+            raise AssertionError("only a ready model has a signature")
+        stats.pending += 1
+        try:
+            runner.submit(tensors, self._done)
+        except EdgewardError as error:
+            stats.pending -= 1
+            self.refuse(from_engine(error))
+
+    def _done(self, result: list[Tensor] | EdgewardError, timing: Timing) -> None:
+        signature = self._signature
+        stats = signature.stats
+        stats.pending -= 1
+        arrived = self._clock.monotonic()
+        try:
+            if isinstance(result, EdgewardError):
+                raise from_engine(result)
+            self._finish(signature.check_outputs(result))
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        except Exception:
+            log.exception("answering for model %s", signature.served.name)
+            self.refuse(Refusal(500, "internal error, see the agent's log"))
+            return
+        now = self._clock.monotonic()
+        stats.compute_output += now - arrived
+        stats.succeeded += 1
+        stats.last = now
+        stats.inferences += self._rows
+        if timing.batch:
+            stats.executions += self._rows / timing.batch if timing.batch > self._rows else 1.0
+        stats.batch.observe(timing.batch)
+        stats.queue.observe(timing.queue_ns / 1e9)
+        stats.infer.observe(timing.infer_ns / 1e9)
+        stats.request.observe(now - self._began)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self._signature.stats.failure(refusal.status, self._clock.monotonic() - self._began)
+        self._fail(refusal)
