@@ -30,6 +30,7 @@ INLINE_BYTES = 32 << 10
 _ALIGN = 64
 _BUFFER = 4 << 20
 _READ = 256 << 10
+_RIGHTS = socket.CMSG_SPACE(16 * 4)
 
 
 class Kind(IntEnum):
@@ -166,10 +167,20 @@ class Channel:
 
     # receiving
 
+    def readable(self) -> bool:
+        """Whether `receive` would find something at once."""
+        try:
+            self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        return True
+
     def receive(self) -> list[Frame]:
         """What has arrived, in order; empty when nothing has. Raises EOFError at the end."""
         try:
-            data, ancillary, _, _ = self.socket.recvmsg(_READ, socket.CMSG_SPACE(16 * 4))
+            data, ancillary, _, _ = self.socket.recvmsg(_READ, _RIGHTS)
         except BlockingIOError:
             return []
         except ConnectionError:

@@ -63,12 +63,15 @@ Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 def batch_key(inputs: Sequence[Tensor]) -> Shapes | None:
     """Requests with the same key may be joined along their first dimension; None: not at all."""
-    if not inputs or any(not tensor.shape for tensor in inputs):
-        return None
-    rows = inputs[0].shape[0]
-    if any(tensor.shape[0] != rows for tensor in inputs):
-        return None
-    return tuple((tensor.name, tensor.dtype, tensor.shape[1:]) for tensor in inputs)
+    key = []
+    rows = -1
+    for tensor in inputs:
+        shape = tensor.shape
+        if not shape or (shape[0] != rows and rows >= 0):
+            return None
+        rows = shape[0]
+        key.append((tensor.name, tensor.dtype, shape[1:]))
+    return tuple(key) or None
 
 
 def join(requests: Sequence[Sequence[Tensor]]) -> list[Tensor]:
