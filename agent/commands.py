@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -15,6 +15,9 @@ from rich.console import Console
 
 from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from agent.serving.settings import Settings
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -56,11 +59,20 @@ def run(
         str | None, typer.Option(help="mqtt:// or mqtts:// address; default: as enrolled.")
     ] = None,
     report_interval: Annotated[float, typer.Option(min=0.5, help="Seconds between health reports.")] = 10.0,
+    serve: Annotated[
+        str, typer.Option(help="HOST:PORT for local applications: Open Inference Protocol v2 over HTTP.")
+    ] = "",
+    serve_grpc: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port for the same over gRPC, on the same host.")
+    ] = None,
+    serve_socket: Annotated[
+        Path | None, typer.Option(help="A Unix socket for the same over HTTP; user and group may use it.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run the agent until it is told to end (SIGTERM or SIGINT). A kill at any instant loses nothing.
 
-    Example: `edgeward agent run --dir agent`
+    Example: `edgeward agent run --dir agent --serve 127.0.0.1:8000`
     """
     from edgeward.clock import SystemClock
 
@@ -81,9 +93,26 @@ def run(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    daemon = Daemon(folder, SystemClock(), broker=broker, report_interval=report_interval)
+    serving = _serving(serve, serve_grpc, serve_socket)
+    daemon = Daemon(folder, SystemClock(), broker=broker, report_interval=report_interval, serving=serving)
     print(f"edgeward agent {daemon.name} ready in {folder}", flush=True)
     daemon.run(stop)
+
+
+def _serving(address: str, grpc_port: int | None, unix_socket: Path | None) -> Settings | None:
+    if not address and grpc_port is None and unix_socket is None:
+        return None
+    from agent.serving.settings import Settings
+
+    host, port = "127.0.0.1", None
+    if address:
+        host, colon, digits = address.rpartition(":")
+        if not colon or not digits.isdigit() or not host or int(digits) > 65535:
+            raise UsageError(
+                f"--serve: {address!r} is no address", hint="expected HOST:PORT, as 127.0.0.1:8000"
+            )
+        host, port = host.strip("[]"), int(digits)
+    return Settings(host=host, port=port, grpc_port=grpc_port, unix_socket=unix_socket)
 
 
 def status(

@@ -19,6 +19,9 @@ from agent.fetch import BlobStore
 from agent.identity import Identity
 from agent.runtime.engine import Engine
 from agent.runtime.port import installed
+from agent.serving.server import Server
+from agent.serving.settings import Settings
+from agent.slot_catalog import SlotCatalog
 from agent.slots import Slots
 from agent.state import State
 from agent.stream import StreamRunner
@@ -43,9 +46,18 @@ class Daemon:
     """One device. `run` returns when `stop` is set; what it had begun is durable at any instant."""
 
     def __init__(
-        self, folder: Path, clock: Clock, *, broker: str | None = None, report_interval: float = 10.0
+        self,
+        folder: Path,
+        clock: Clock,
+        *,
+        broker: str | None = None,
+        report_interval: float = 10.0,
+        serving: Settings | None = None,
     ) -> None:
-        """Raises Conflict when another agent uses `folder`, NotFound when it is not enrolled."""
+        """`serving` says where local applications find the models; None: nowhere.
+
+        Raises Conflict when another agent uses `folder`, NotFound when it is not enrolled.
+        """
         self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +83,8 @@ class Daemon:
         verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
         self.engine = Engine()
         self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed)
+        self._catalog = SlotCatalog(self.slots)
+        self._server = None if serving is None else Server(self._catalog, serving, clock)
         self._status_topic = topics.status(self.name)
         self._desired_topic = topics.desired(self.name)
         self.link = Link(
@@ -96,7 +110,14 @@ class Daemon:
         """Serve until `stop`."""
         renewed = threading.Event()
         self.engine.start()
-        self.slots.start()
+        try:
+            if self._server is not None:
+                self.engine.call(self._server.start())
+            self.slots.start()
+        except BaseException:
+            self.engine.stop()
+            raise
+        self._catalog.refresh()
         self._apply_stored()
         self.uplink.start()
         self.link.start()
@@ -125,6 +146,8 @@ class Daemon:
             for runner in self._streams.values():
                 runner.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
+            if self._server is not None:
+                self.engine.call(self._server.stop())
             self.uplink.stop()
             self.link.stop()
             self.slots.stop()
@@ -218,6 +241,7 @@ class Daemon:
     # reports
 
     def _changed(self) -> None:
+        self._catalog.refresh()
         self._reported_due.set()
         self._wake.set()
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agent import selftest
 from agent.lifecycle import Event, SlotState, step, wish
@@ -20,6 +20,7 @@ from edgeward.errors import DigestMismatch, EdgewardError, PackageError, Runtime
 from edgeward.wire.desired import ModelRef, SlotTarget
 from edgeward.wire.package import Manifest, Variant
 from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class ActiveModel:
     package: VerifiedPackage
     runner: Runner
     live: LiveBaseline
+    policy: SlotPolicy = field(default_factory=SlotPolicy)
 
     @property
     def ref(self) -> ModelRef:
@@ -185,7 +187,12 @@ class Slots:
         """Load on a worker and compare with the golden vectors. Raises RuntimeFault, PackageError."""
         ref = package.ref
         inputs = selftest.golden_inputs(package.golden)
-        runner = self._engine.open(package.variant.runtime, package.content, f"{ref.model}:{ref.version}")
+        runner = self._engine.open(
+            package.variant.runtime,
+            package.content,
+            f"{ref.model}:{ref.version}",
+            batchable=_may_join(package.variant),
+        )
         try:
             got = runner.infer(inputs)
             tolerance = package.manifest.golden
@@ -223,8 +230,15 @@ class Slots:
         manifest: Manifest = self._verifier.reopen_manifest(ref)
         variant: Variant = choose_variant(manifest, self._runtimes)
         package = self._verifier.open(ref, manifest, variant)
-        runner = self._engine.open(variant.runtime, package.content, f"{ref.model}:{ref.version}")
+        runner = self._engine.open(
+            variant.runtime, package.content, f"{ref.model}:{ref.version}", batchable=_may_join(variant)
+        )
         return ActiveModel(package, runner, LiveBaseline(manifest.baseline))
+
+
+def _may_join(variant: Variant) -> bool:
+    """Whether every tensor has a free first dimension."""
+    return all(spec.shape and spec.shape[0] == -1 for spec in (*variant.inputs, *variant.outputs))
 
 
 class _Replaced(Exception):

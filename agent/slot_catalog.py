@@ -1,0 +1,73 @@
+"""The agent's slots as a catalog for the local server."""
+
+from __future__ import annotations
+
+from agent.serving.catalog import Served
+from agent.slots import ActiveModel, Slots
+from edgeward.wire.reports import SlotReport
+
+
+class SlotCatalog:
+    """Answers from a snapshot that `refresh` replaces whenever a slot has changed; from any thread."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._by_name: dict[tuple[str, str], Served] = {}
+        self._all: list[Served] = []
+
+    def refresh(self) -> None:
+        """Take over what the slots hold now."""
+        by_name: dict[tuple[str, str], Served] = {}
+        everything = []
+        for slot, report in self._slots.report().items():
+            active = self._slots.active(slot)
+            if active is not None:
+                served = _served(active)
+                by_name.setdefault((served.name, ""), served)
+                by_name.setdefault((served.name, served.version), served)
+                everything.append(served)
+            waiting = _waiting(report)
+            if waiting is not None and (waiting.name, waiting.version) not in by_name:
+                by_name[(waiting.name, waiting.version)] = waiting
+                by_name.setdefault((waiting.name, ""), waiting)
+                everything.append(waiting)
+        self._by_name, self._all = by_name, everything
+
+    def find(self, name: str, version: str = "") -> Served | None:
+        return self._by_name.get((name, version))
+
+    def all(self) -> list[Served]:
+        return self._all
+
+
+def _served(active: ActiveModel) -> Served:
+    package, policy = active.package, active.policy
+    return Served(
+        name=package.ref.model,
+        version=str(package.ref.version),
+        runtime=package.variant.runtime,
+        digest=package.ref.digest,
+        inputs=active.runner.inputs,
+        outputs=active.runner.outputs,
+        runner=active.runner,
+        max_batch=policy.max_batch,
+        nan=policy.nan,
+    )
+
+
+def _waiting(report: SlotReport) -> Served | None:
+    """The slot's newest wish while it does not serve: known, but not ready."""
+    target = report.target
+    if target is None or target == report.running:
+        return None
+    reason = ": ".join(part for part in (str(report.phase), report.reason, report.message) if part)
+    return Served(
+        name=target.model,
+        version=str(target.version),
+        runtime="onnx",
+        digest=target.digest,
+        inputs=[],
+        outputs=[],
+        runner=None,
+        reason=reason,
+    )
