@@ -28,8 +28,8 @@ from agent.streams.samples import Samples
 from edgeward.errors import InvalidDocument
 from edgeward.wire.streams import Check, PayloadSource
 
-# ValueError covers bad UTF-8 and msgspec's own errors; TypeError an unhashable key in MessagePack.
-_UNDECODABLE = (ValueError, TypeError, OverflowError, RecursionError)
+# ValueError covers bad UTF-8 and all of msgspec's own errors.
+_UNDECODABLE = (ValueError, RecursionError)
 
 
 class DocumentDecoder:

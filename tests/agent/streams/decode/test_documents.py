@@ -76,7 +76,9 @@ def test_samples_are_parsed_and_bad_ones_marked() -> None:
     assert samples.event_time[2] == int(NOW * 1e6), "a sample without a time gets its arrival"
 
 
-@pytest.mark.parametrize("bad", ["null", '"x"', "true", "[1]", "{}", "1e999", "NaN", "-Infinity", "1e300"])
+@pytest.mark.parametrize(
+    "bad", ["null", '"x"', "true", "[1]", "{}", "1e999", "NaN", "-Infinity", "1e300", "1" * 400]
+)
 def test_one_bad_reading_costs_its_own_sample(bad: str) -> None:
     payload = f'[{{"a":1}},{{"a":{bad}}},{{"a":2}}]'.encode()
     (samples,) = DocumentDecoder(PLAIN, ["a"], {}).decode(payload, NOW)
@@ -148,6 +150,8 @@ def test_paths_lead_to_time_key_and_features() -> None:
 def test_a_key_is_cut_and_cannot_break_what_stores_it() -> None:
     (samples,) = decode([{"k": "x" * 300, "a": 1}, {"k": 7, "a": 1}, {"a": 1}], ["a"], key="k")
     assert [len(key) for key in samples.keys] == [256, 1, 0]
+    (long,) = decode([{"k": "x" * 300, "a": "text"}], ["a"], key="k")
+    assert len(long.keys[0]) == 256
     (strange,) = decode(b'[{"k":"\\ud800","a":1},{"k":[1],"a":1},{"k":true,"a":1}]', ["a"], key="k")
     "".join(strange.keys).encode()
     assert strange.problems == {1: "k: not a text or a number"}
@@ -195,10 +199,16 @@ def test_event_times_in_every_unit(unit: str, value: Any, expected: int) -> None
         assert broken.problems[1].startswith("t: not a")
 
 
-@pytest.mark.parametrize("value", [-1, 1e11, 10**30, None, "2023-11-14T22:13:20Z"])
+@pytest.mark.parametrize("value", [True, -1, 1e11, 10**30, None, "2023-11-14T22:13:20Z"])
 def test_what_is_no_time_is_a_problem(value: Any) -> None:
     (samples,) = decode(json.dumps([{"t": value, "a": 1}, {"t": 5, "a": 1}]).encode(), ["a"], time="t")
     assert samples.problems == {0: "t: not a time in seconds since 1970"}
+
+
+def test_whole_nanoseconds_stay_exact_beside_fractions() -> None:
+    items = [{"t": 1_700_000_000_123_457_999, "a": 1}, {"t": 1500.0, "a": 1}]
+    (samples,) = decode(items, ["a"], time="t", time_unit="ns")
+    assert samples.event_time.tolist() == [1_700_000_000_123_457, 2]
 
 
 def test_a_wrong_spec_is_refused() -> None:

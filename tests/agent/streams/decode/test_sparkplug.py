@@ -105,7 +105,12 @@ def test_datatypes_become_numbers(kind: str, value: Any, expected: float) -> Non
 
 def test_null_and_text_are_missing() -> None:
     bench = Bench(["x"])
-    for body in (metric("x", value=None), metric("x", "String", "7"), metric("x", value=math.inf)):
+    for body in (
+        metric("x", value=None),
+        metric("x", value=5.0, is_null=True),
+        metric("x", "String", "7"),
+        metric("x", value=math.inf),
+    ):
         ((_, (value,), problem),) = bench.on("DDATA", payload(body))
         assert math.isnan(value) and problem == "x: missing or not a finite number"
 
@@ -132,6 +137,35 @@ def test_gaps_and_unknown_aliases_are_counted_and_ask_for_a_birth() -> None:
     assert bench.counts == {"sequence_gaps": 1} and not bench.decoder.birth_missing
     assert bench.on("DDATA", payload({"alias": 1, "double_value": 3.0}, seq=1)) == []
     assert bench.counts["unknown_aliases"] == 1 and bench.decoder.birth_missing
+
+
+def test_an_alias_belongs_to_its_device_and_dies_with_the_nodes_birth() -> None:
+    bench = Bench(["x"])
+    aliased = payload({"alias": 1, "double_value": 3.0})
+    bench.on("DBIRTH", payload(metric("x", value=1.0, alias=1)), device="other")
+    assert bench.on("DDATA", aliased) == []
+    bench.on("DBIRTH", payload(metric("x", value=1.0, alias=1)))
+    assert bench.on("DDATA", aliased) == [(T0, [3.0], "")]
+    bench.on("NBIRTH", payload(seq=0))
+    assert bench.on("DDATA", aliased) == []
+    assert bench.counts["unknown_aliases"] == 2
+
+
+def test_a_birth_says_all_there_is() -> None:
+    bench = Bench(["x", "y"])
+    bench.on("DBIRTH", payload(metric("x", value=1.0), metric("y", value=2.0)))
+    ((_, _, problem),) = bench.on("DBIRTH", payload(metric("x", value=1.0)))
+    assert problem.startswith("y: missing"), "a metric that the new birth lacks is gone"
+
+
+def test_a_node_cannot_fill_the_memory_with_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.streams.decode.sparkplug._MAX_METRICS", 2)
+    bench = Bench(["x"])
+    metrics = [metric(f"m{index}", value=1.0, alias=index) for index in range(5)]
+    bench.on("DBIRTH", payload(*metrics))
+    bench.on("DDATA", payload(*({"alias": index, "double_value": 1.0} for index in range(5))))
+    assert bench.counts["unknown_aliases"] == 3
+    assert bench.on("DDATA", payload(metric("x", value=2.0))) == [(T0, [2.0], "")], "names still work"
 
 
 def test_units_are_compared() -> None:

@@ -46,6 +46,19 @@ def test_cells_that_are_no_reading_cost_their_sample() -> None:
     assert math.isnan(samples.values[7, 0]), "which cell is one too many cannot be told"
 
 
+def test_underscores_make_no_number() -> None:
+    (samples,) = decode(b"t,a\n1_0,1\n2,1_0\n", ["a"], time="t")
+    assert samples.problems == {
+        0: "t: not a time in seconds since 1970",
+        1: "a: missing or not a finite number",
+    }
+
+
+def test_a_line_of_another_length_says_so_first() -> None:
+    (samples,) = decode(b"t,a\n5\n", ["a"], time="t")
+    assert samples.problems == {0: "1 cells in a line, expected 2"}
+
+
 def test_quoted_cells_may_hold_the_delimiter_and_line_ends() -> None:
     (samples,) = decode(b'note,a\n"x, ""y""\nz",5\n', ["a"])
     assert samples.values.tolist() == [[5]] and not samples.problems

@@ -24,8 +24,9 @@ from PIL import Image
 from agent.streams.samples import Samples
 from agent.streams.sources.files import FilesSampleSource, Replay
 from agent.streams.sources.folder import Found, Remaining, remaining
+from agent.streams.sources.images import read_image
 from edgeward.clock import ManualClock
-from edgeward.errors import MissingDependency
+from edgeward.errors import InvalidDocument, MissingDependency
 from edgeward.wire.streams import FilesSource
 
 Until = Callable[..., None]
@@ -114,6 +115,17 @@ def test_a_file_that_is_gone_or_changed_is_done(tmp_path: Path, sink: Any, new_s
     gone = new_sink()
     read_all(source(tmp_path, ["a"], position, key="n"), gone)
     assert [part.keys[0] for part in gone.parts] == ["c.csv"]
+
+
+def test_names_that_are_no_text_and_files_that_vanish(
+    tmp_path: Path, sink: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv")).write_text("a\n1\n")
+    (tmp_path / "0.csv").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    read_all(source(tmp_path, ["a"]), sink)
+    assert sink.values == [[1]]
+    sink.parts[0].epoch.encode()
 
 
 def found(name: str, size: int = 1) -> Found:
@@ -333,6 +345,13 @@ def test_images_become_tensors(tmp_path: Path, sink: Any, new_sink: Any) -> None
     rest = new_sink()
     read_all(source(tmp_path, [], (sink.parts[0].epoch, 0), format="image", width=8, height=2), rest)
     assert [part.values.shape for part in rest.parts] == [(1, 2, 8, 3)]
+
+
+def test_an_absurdly_large_image_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(InvalidDocument, match="not an image"):
+        read_image(tmp_path / "a.png", 0, 0)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
