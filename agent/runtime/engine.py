@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ class Engine:
         self._events = Events(on_crash_loop, on_recovered)
         self.loop = _new_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._runners: set[Runner] = set()
+        self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 
     def start(self) -> None:
         self._thread.start()
