@@ -396,6 +396,8 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer the request being read, after those before it, and read no more."""
+        if self._closing:
+            return
         self._closing = True
         self._continue_due = False
         self._forget_body()

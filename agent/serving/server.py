@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from agent.serving.api import Api
 from agent.serving.catalog import Catalog
-from agent.serving.connection import Connection, Shared
+from agent.serving.connection import Connection
+from agent.serving.exchange import Shared
 from agent.serving.messages import Handler
 from agent.serving.settings import Settings
 from edgeward.clock import Clock
