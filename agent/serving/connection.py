@@ -13,24 +13,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
 from enum import Enum
-from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
 
-from agent.serving.messages import Handler, Request, Response, refuse
+from agent.serving.exchange import Exchange, Shared
+from agent.serving.messages import Request, Response, refuse
 from agent.serving.refusal import Refusal
-from agent.serving.settings import Settings
-from agent.serving.statistics import Statistics
-from edgeward.clock import Clock
 
 log = logging.getLogger(__name__)
 
 _LINGER_SECONDS = 2.0
 _JOINED_BYTES = 16 << 10
-_STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
 class Phase(Enum):
@@ -38,51 +33,6 @@ class Phase(Enum):
     READING = 2
     ANSWERING = 3
     LINGERING = 4
-
-
-class Exchange:
-    """A request that waits for its answer, in line behind earlier ones of its connection."""
-
-    __slots__ = ("bodiless", "connection", "held", "keep_alive", "request", "response", "says_keep_alive")
-
-    def __init__(
-        self,
-        connection: Connection,
-        request: Request | None,
-        *,
-        keep_alive: bool,
-        bodiless: bool = False,
-        says_keep_alive: bool = False,
-        held: int = 0,
-    ) -> None:
-        """`held` bytes of body count as held in memory until the answer is there."""
-        self.held = held
-        self.connection = connection
-        self.request = request
-        self.keep_alive = keep_alive
-        self.bodiless = bodiless
-        self.says_keep_alive = says_keep_alive
-        self.response: Response | None = None
-
-    def respond(self, response: Response) -> None:
-        if self.response is None:
-            self.response = response
-            self.connection.release(self)
-            self.connection.flush()
-
-
-class Shared:
-    """What the connections of a server have in common. `date` is the header's value now."""
-
-    def __init__(self, handler: Handler, settings: Settings, clock: Clock, statistics: Statistics) -> None:
-        self.handler = handler
-        self.settings = settings
-        self.clock = clock
-        self.statistics = statistics
-        self.connections: set[Connection] = set()
-        self.draining = False
-        self.date = b""
-        self.emptied: Callable[[], None] = lambda: None
 
 
 class Connection(asyncio.Protocol):
@@ -346,20 +296,7 @@ class Connection(asyncio.Protocol):
             exchange.keep_alive = False
         body = response.body
         size = len(body[0]) if len(body) == 1 else sum(map(len, body))
-        head = b"%bdate: %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n" % (
-            _STATUS[response.status],
-            shared.date,
-            response.content_type,
-            size,
-        )
-        for name, value in response.headers:
-            head += b"%b: %b\r\n" % (name, value)
-        if not exchange.keep_alive:
-            head += b"connection: close\r\n\r\n"
-        elif exchange.says_keep_alive:
-            head += b"connection: keep-alive\r\n\r\n"
-        else:
-            head += b"\r\n"
+        head = exchange.head(response, size, shared.date)
         if exchange.bodiless:
             transport.write(head)
         elif size <= _JOINED_BYTES:

@@ -76,15 +76,3 @@ class Shared:
         self.draining = False
         self.date = b""
         self.emptied: Callable[[], None] = lambda: None
-        self._due: list[tuple[Any, bytes]] = []
-
-    def write_soon(self, transport: Any, data: bytes) -> None:
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._write_due)
-        self._due.append((transport, data))
-
-    def _write_due(self) -> None:
-        due, self._due = self._due, []
-        for transport, data in due:
-            if not transport.is_closing():
-                transport.write(data)
