@@ -29,7 +29,10 @@ _BACKLOG = 512
 
 
 class Server:
-    """Serves the catalog's models. Make it anywhere; `start` and `stop` run on the engine's loop."""
+    """Serves the catalog's models. Make it anywhere; `start` and `stop` run on the engine's loop.
+
+    `port` is the TCP listener's, once started.
+    """
 
     def __init__(
         self,
@@ -48,12 +51,7 @@ class Server:
         self._socket_file: tuple[Path, int] | None = None
         self._grpc: GrpcServer | None = None
         self._stopped = False
-
-    @property
-    def port(self) -> int:
-        """Of the TCP listener, once started."""
-        port: int = self._listeners[0].sockets[0].getsockname()[1]
-        return port
+        self.port = settings.port or 0
 
     @property
     def grpc_port(self) -> int:
@@ -72,6 +70,7 @@ class Server:
                     self._connect, settings.host, settings.port, backlog=_BACKLOG
                 )
                 self._listeners.append(listener)
+                self.port = listener.sockets[0].getsockname()[1]
             if settings.unix_socket is not None:
                 opened = open_unix_socket(settings.unix_socket)
                 self._socket_file = (settings.unix_socket, settings.unix_socket.stat().st_ino)
