@@ -39,6 +39,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._settings = shared.settings
+        self._max_header_bytes = shared.settings.max_header_bytes
         self._transport: Any = None
         self._parser: Any = httptools.HttpRequestParser(self)
         self._phase = Phase.IDLE
@@ -146,19 +147,18 @@ class Connection(asyncio.Protocol):
 
     def on_url(self, part: bytes) -> None:
         self._url += part
-        self._count_header(len(part))
+        self._header_bytes += len(part)
+        if self._header_bytes > self._max_header_bytes:
+            self._stop_parsing(self._header_refusal())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._progress += 1
-        self._count_header(len(name) + len(value) + 4)
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > self._max_header_bytes:
+            self._stop_parsing(self._header_refusal())
         name = name.lower()
         headers = self._headers
-        headers[name] = headers[name] + b", " + value if name in headers else value
-
-    def _count_header(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > self._settings.max_header_bytes:
-            self._stop_parsing(self._header_refusal())
+        headers[name] = value if name not in headers else headers[name] + b", " + value
 
     def on_headers_complete(self) -> None:
         headers = self._headers
@@ -212,7 +212,7 @@ class Connection(asyncio.Protocol):
             Request(b"GET" if bodiless else method, self._url, headers, content),
             keep_alive=keep_alive,
             bodiless=bodiless,
-            says_keep_alive=b"keep-alive" in headers.get(b"connection", b"").lower(),
+            says_keep_alive=b"connection" in headers and b"keep-alive" in headers[b"connection"].lower(),
             held=held,
         )
         self._phase = Phase.ANSWERING

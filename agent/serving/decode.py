@@ -217,6 +217,8 @@ def _raw(signature: Signature, body: bytes) -> Parsed:
 
 
 def _wanted(signature: Signature, request: InferRequest[Any]) -> dict[str, bool] | None:
+    if not request.outputs and not request.parameters and signature.json_outputs:
+        return None
     binary = _flag("the request", request.parameters or {}, "binary_data_output")
     if request.outputs:
         signature.check_wishes([wish.name for wish in request.outputs])

@@ -60,12 +60,12 @@ class Models:
 class Inference:
     """Counts one request as a success or a failure, whichever way it ends."""
 
-    __slots__ = ("_began", "_clock", "_fail", "_finish", "_rows", "_signature", "_submitted")
+    __slots__ = ("_began", "_fail", "_finish", "_now", "_rows", "_signature", "_submitted")
 
     def __init__(self, signature: Signature, clock: Clock, began: float, finish: Finish, fail: Fail) -> None:
         """`began` is the clock's monotonic time when the request was complete."""
         self._signature = signature
-        self._clock = clock
+        self._now = clock.monotonic
         self._began = began
         self._finish = finish
         self._fail = fail
@@ -79,7 +79,7 @@ class Inference:
         if served.max_batch > 1 and tensors and tensors[0].shape:
             self._rows = tensors[0].shape[0]
         stats.body.observe(body_bytes)
-        self._submitted = now = self._clock.monotonic()
+        self._submitted = now = self._now()
         stats.compute_input += now - self._began
         runner = served.runner
         if runner is None:
@@ -95,7 +95,7 @@ class Inference:
         signature = self._signature
         stats = signature.stats
         stats.pending -= 1
-        arrived = self._clock.monotonic()
+        arrived = self._now()
         try:
             if isinstance(result, EdgewardError):
                 raise from_engine(result)
@@ -107,18 +107,17 @@ class Inference:
             log.exception("answering for model %s", signature.served.name)
             self.refuse(Refusal(500, "internal error, see the agent's log"))
             return
-        now = self._clock.monotonic()
+        now = self._now()
         stats.compute_output += now - arrived
         stats.succeeded += 1
         stats.last = now
         stats.inferences += self._rows
-        if timing.batch:
-            stats.executions += self._rows / timing.batch if timing.batch > self._rows else 1.0
+        stats.executions += self._rows / timing.batch if timing.batch > self._rows else 1.0
         stats.batch.observe(timing.batch)
         stats.queue.observe(timing.queue_ns / 1e9)
         stats.infer.observe(timing.infer_ns / 1e9)
         stats.request.observe(now - self._began)
 
     def refuse(self, refusal: Refusal) -> None:
-        self._signature.stats.failure(refusal.status, self._clock.monotonic() - self._began)
+        self._signature.stats.failure(refusal.status, self._now() - self._began)
         self._fail(refusal)

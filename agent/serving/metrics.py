@@ -16,7 +16,11 @@ Value = Callable[[ModelStatistics], float]
 _COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("nv_inference_request_success", "Successful inference requests", lambda s: s.succeeded),
     ("nv_inference_count", "Inferences: rows of requests that succeeded", lambda s: s.inferences),
-    ("nv_inference_exec_count", "Executions of the model, whatever their batch", lambda s: s.executions),
+    (
+        "nv_inference_exec_count",
+        "Executions of the model, whatever their batch",
+        lambda s: round(s.executions),
+    ),
     (
         "nv_inference_request_duration_us",
         "Whole requests, microseconds",

@@ -95,6 +95,22 @@ class Field:
         if finite and datatype.floating:
             self.check_finite(data)
 
+    def check_result(self, tensor: Tensor) -> None:
+        """Whether what the model gave is of its datatype and shape. Raises Refusal (500)."""
+        datatype, count = self.datatype, prod(tensor.shape)
+        if tensor.dtype != datatype.dtype:
+            raise Refusal(
+                500, f"{self.label}: expected {datatype.name}, the model gave {wire_name(tensor.dtype)}"
+            )
+        if datatype.size and len(tensor.data) != count * datatype.size:
+            raise Refusal(
+                500,
+                f"{self.label}: {datatype.name} of shape {_show(tensor.shape)} takes "
+                f"{count * datatype.size} bytes, the model gave {len(tensor.data)}",
+            )
+        if not datatype.size and (problem := text_problem(tensor.data, count)):
+            raise Refusal(500, f"{self.label}: shape {_show(tensor.shape)}, {problem}")
+
     def check_finite(self, data: bytes | memoryview) -> None:
         index = not_finite(self.datatype, data)
         if index is not None:
@@ -166,21 +182,11 @@ class Signature:
                 f"model '{self.served.name}' returned {len(outputs)} outputs "
                 f"({_names(tensor.name for tensor in outputs)}), expected {_names(self.outputs)}",
             )
-        for name, field in self.outputs.items():
-            tensor, datatype = found[name], field.datatype
-            if tensor.dtype != datatype.dtype:
-                raise Refusal(
-                    500, f"{field.label}: expected {datatype.name}, the model gave {wire_name(tensor.dtype)}"
-                )
-            count = prod(tensor.shape)
-            if datatype.size and len(tensor.data) != count * datatype.size:
-                raise Refusal(
-                    500,
-                    f"{field.label}: {datatype.name} of shape {_show(tensor.shape)} takes "
-                    f"{count * datatype.size} bytes, the model gave {len(tensor.data)}",
-                )
-            if not datatype.size and (problem := text_problem(tensor.data, count)):
-                raise Refusal(500, f"{field.label}: shape {_show(tensor.shape)}, {problem}")
+        for tensor in outputs:
+            field = self.outputs[tensor.name]
+            datatype = field.datatype
+            if tensor.dtype != datatype.dtype or len(tensor.data) != prod(tensor.shape) * datatype.size:
+                field.check_result(tensor)
         return found
 
 
