@@ -267,6 +267,7 @@ def floats(*values):
         ([Tensor("out", "float32", (1,), floats(1))] * 2, "model 'm' returned 2 outputs ('out', 'out'), expected"),
         ([Tensor("else", "float32", (1,), floats(1))], "model 'm' returned 1 outputs ('else'), expected 'out'"),
         ([Tensor("out", "int64", (1,), bytes(8))], "output 'out': expected FP32, the model gave INT64"),
+        ([Tensor("out", "int32", (1,), bytes(4))], "output 'out': expected FP32, the model gave INT32"),
         ([Tensor("out", "float32", (2,), floats(1))], "output 'out': FP32 of shape [2] takes 8 bytes, the model gave"),
         ([Tensor("out", "float32", (2,), floats(1, nan))], "output 'out': element 1 is nan: the model's result is"),
         ([Tensor("out", "float32", (2,), floats(inf, 1))], "output 'out': element 0 is inf: the model's result is"),
@@ -277,6 +278,14 @@ def test_wrong_results(ask, models, runner, outputs, message):
     status, _, body = ask("m", {"inputs": [tensor()]})
     assert status == 500
     assert message in body["error"]
+
+
+def test_a_result_that_is_not_finite_is_refused_as_binary_data_too(ask, models, runner):
+    wrong = [Tensor("out", "float32", (2,), floats(1, nan))]
+    models.echo("m", "float32", [-1, 3], runner=runner(lambda inputs: wrong))
+    status, _, body = ask("m", {"inputs": [tensor()], "parameters": {"binary_data_output": True}})
+    assert status == 500
+    assert "output 'out': element 1 is NaN or infinite" in body["error"]
 
 
 def test_text_that_is_no_unicode_is_refused_as_json(ask, models, runner):
@@ -317,7 +326,8 @@ def test_a_bomb_is_not_unpacked(ask):
     headers = {"Content-Encoding": "gzip"}
     status, _, body = ask("m", gzip.compress(bytes(10_000_000)), headers=headers, max_body_bytes=100_000)
     assert (status, body["error"]) == (413, "the decompressed body is larger than 100000 bytes")
-    assert ask("m", gzip.compress(b"{}")[:-4], headers=headers)[0] == 400
+    status, _, body = ask("m", gzip.compress(b"{}")[:-4], headers=headers)
+    assert (status, body["error"]) == (400, "the gzip body is cut off or has bytes behind its end")
     assert ask("m", b"plain", headers=headers)[0] == 400
     assert ask("m", b"x", headers={"Content-Encoding": "br"})[0] == 415
 

@@ -399,11 +399,13 @@ def test_an_offer_to_upgrade_is_ignored():
 
 def test_answering_twice_is_answering_once():
     service = Service(keep=True)
-    wire = service.connect().receive(post())
-    request, respond = service.kept[0]
-    respond(echo(request))
-    respond(echo(request))
-    assert statuses(wire) == [200]
+    wire = service.connect().receive(post(b"1") + post(b"2"))
+    (first, respond_first), (second, respond_second) = service.kept
+    respond_second(echo(second))
+    respond_second(echo(first))
+    respond_first(echo(first))
+    respond_first(echo(second))
+    assert [json.loads(body)[2] for _, _, body in answers(wire.sent)] == ["31", "32"]
 
 
 SAMPLES = [

@@ -123,19 +123,26 @@ def test_stopping_waits_for_the_answers_that_are_due(models, serve, held):
     client.request("POST", "/v2/models/m/infer", BODY)
     assert held.arrived.acquire(timeout=20)
 
-    stopped = threading.Thread(target=lambda: running.call(running.server.stop()))
+    order = []
+
+    def stop():
+        running.call(running.server.stop())
+        order.append("stopped")
+
+    stopped = threading.Thread(target=stop)
     stopped.start()
     while not running.on_loop(lambda: running.server.api.draining):
         pass
     with pytest.raises(OSError):
         ask(running.address, "GET", "/v2/health/live")
+    order.append("answered")
     running.on_loop(lambda: held.release(0))
     answer = client.getresponse()
     assert (answer.status, answer.headers["connection"]) == (200, "close")
     assert json.loads(answer.read())["outputs"][0]["data"] == [1.0, 2.0]
     client.close()
     stopped.join(20)
-    assert not stopped.is_alive()
+    assert order == ["answered", "stopped"]
 
 
 def test_stopping_does_not_wait_forever(models, serve, held):

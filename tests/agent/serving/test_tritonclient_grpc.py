@@ -102,6 +102,15 @@ def test_typed_contents_in_the_wrong_field_are_named(models, client):
     assert "input 'in': FP32 is expected in fp32_contents, not in fp64_contents" in refused.value.details()
 
 
+def test_raw_contents_are_one_for_each_input(models, client):
+    models.echo("m", "float32", [-1])
+    request = service_pb2.ModelInferRequest(model_name="m", raw_input_contents=[bytes(4), bytes(4)])
+    request.inputs.add(name="in", datatype="FP32", shape=[1])
+    with pytest.raises(grpc.RpcError) as refused:
+        client()._client_stub.ModelInfer(request)
+    assert refused.value.details() == "1 inputs, but 2 raw_input_contents"
+
+
 def test_requested_outputs(models, client, onnx_sum):
     models.onnx("sum", onnx_sum)
     connected = client()
