@@ -24,7 +24,8 @@ from agent.serving.settings import Settings
 from agent.slot_catalog import SlotCatalog
 from agent.slots import Slots
 from agent.state import State
-from agent.stream import StreamRunner
+from agent.streams.local_link import LocalLink
+from agent.streams.running import PREFIX, Streams
 from agent.uplink import Uplink
 from agent.verify import Verifier
 from edgeward.clock import Clock
@@ -76,21 +77,19 @@ class Daemon:
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
         self._reported_due = threading.Event()
-        self._streams: dict[str, StreamRunner] = {}
-        self._routes: dict[str, list[StreamRunner]] = {}
         trust = self.identity.enrollment.trust
         blobs = BlobStore(folder / "blobs")
         verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
         self.engine = Engine()
         self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed)
         self._catalog = SlotCatalog(self.slots)
-        self._server = None if serving is None else Server(self._catalog, serving, clock)
         self._status_topic = topics.status(self.name)
         self._desired_topic = topics.desired(self.name)
+        self._ack_topics = tuple(topics.ack(self.name, lane) for lane in LANES)
         self.link = Link(
             Broker(broker or self.identity.enrollment.broker),
             f"edgeward-agent-{self.name.device}",
-            subscriptions=(self._desired_topic, *(topics.ack(self.name, lane) for lane in LANES)),
+            subscriptions=(self._desired_topic, *self._ack_topics),
             on_message=self._on_message,
             on_connect=self._on_connect,
             will=Will(self._status_topic, self._status("offline")),
@@ -104,6 +103,19 @@ class Daemon:
             clock,
             self.link.publish,
             lambda: self.link.connected,
+        )
+        self._local = LocalLink(self.link.subscribe, self.link.unsubscribe, self.link.publish)
+        self.streams = Streams(
+            self.name,
+            self.state,
+            clock,
+            self.slots.active,
+            self._local,
+            self.uplink.wake,
+            folder / "actions",
+        )
+        self._server = (
+            None if serving is None else Server(self._catalog, serving, clock, {PREFIX: self.streams.handle})
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -143,8 +155,7 @@ class Daemon:
                     last_poll = now
                     self._poll_desired()
         finally:
-            for runner in self._streams.values():
-                runner.stop()
+            self.streams.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
             if self._server is not None:
                 self.engine.call(self._server.stop())
@@ -182,29 +193,7 @@ class Daemon:
 
     def _apply(self, desired: DesiredState) -> None:
         self.slots.wish(desired.slots)
-        wanted = {target.name: target for target in desired.streams}
-        for name in [name for name, runner in self._streams.items() if wanted.get(name) != runner.target]:
-            runner = self._streams.pop(name)
-            runner.stop()
-            self.link.unsubscribe(runner.topic)
-        for name, target in wanted.items():
-            if name not in self._streams:
-                runner = StreamRunner(
-                    target,
-                    self.name,
-                    self.state,
-                    self._clock,
-                    self.slots.active,
-                    self._publish_local,
-                    self.uplink.wake,
-                )
-                self._streams[name] = runner
-                runner.start()
-        routes: dict[str, list[StreamRunner]] = {}
-        for runner in self._streams.values():
-            routes.setdefault(runner.topic, []).append(runner)
-        self._routes = routes
-        self.link.subscribe(*routes)
+        self.streams.apply(desired.streams)
 
     def _poll_desired(self) -> None:
         """While MQTT is away, HTTPS may still be there."""
@@ -223,20 +212,16 @@ class Daemon:
             # Applying it may wait for a stream to end, which must not hold up acks.
             self._offers.put(message.payload)
             self._wake.set()
-        elif message.topic in self._routes:
-            for runner in self._routes[message.topic]:
-                runner.receive(message.payload)
-        else:
+        elif message.topic in self._ack_topics:
             self.uplink.on_ack(message.topic, message.payload)
+        else:
+            self._local.dispatch(message)
 
     def _on_connect(self) -> None:
         """A broker that was killed has forgotten everything: say it all again."""
         self.link.publish(self._status_topic, self._status("online"), retain=True)
         self.uplink.reconnected()
         self._changed()
-
-    def _publish_local(self, topic: str, payload: bytes) -> bool:
-        return self.link.publish(topic, payload)
 
     # reports
 
@@ -274,7 +259,7 @@ class Daemon:
         report = Report(
             *self._next(),
             seconds,
-            [runner.report() for runner in list(self._streams.values())],
+            self.streams.report(),
             OutboxReport(rows, size, acked, 0),
             psutil.Process().memory_info().rss,
         )

@@ -12,8 +12,8 @@ from agent import selftest
 from agent.lifecycle import Event, SlotState, step, wish
 from agent.runtime.engine import Engine
 from agent.runtime.port import Runner
-from agent.sketch import LiveBaseline
 from agent.state import SlotRecord, State
+from agent.streams.sketches import LiveBaseline
 from agent.verify import VerifiedPackage, Verifier, choose_variant
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable

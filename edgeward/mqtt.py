@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import ssl
 import urllib.parse
 from collections.abc import Callable
@@ -62,6 +64,25 @@ class Will:
     payload: bytes
 
 
+def _send_at_once(client: Client, userdata: Any, opened: Any) -> None:
+    """Nagle's algorithm would hold a small message back until the broker's delayed ack: 40 ms a hop."""
+    if isinstance(opened, socket.socket) and opened.family in (socket.AF_INET, socket.AF_INET6):
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _acknowledge_at_once(client: Client) -> None:
+    """The other half: a broker with Nagle's algorithm holds its next message back until our TCP ack.
+
+    The kernel would delay that by 40 ms when we have nothing to send. Linux forgets the option, so it is
+    set again for each packet.
+    """
+    opened = client.socket()
+    quick = getattr(socket, "TCP_QUICKACK", None)
+    if quick is not None and isinstance(opened, socket.socket):
+        with contextlib.suppress(OSError):
+            opened.setsockopt(socket.IPPROTO_TCP, quick, 1)
+
+
 class Link:
     """Connects in the background, subscribes again after each reconnect, and calls back from its own thread.
 
@@ -104,6 +125,8 @@ class Link:
         self._client.on_connect = self._connected
         self._client.on_disconnect = self._disconnected
         self._client.on_message = self._received
+        self._client.on_socket_open = _send_at_once
+        self._client.on_publish = self._published
 
     @property
     def connected(self) -> bool:
@@ -180,8 +203,19 @@ class Link:
         if self._on_disconnect is not None:
             self._guarded(self._on_disconnect)
 
+    def _published(
+        self,
+        client: Client,
+        userdata: Any,
+        mid: int,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        _acknowledge_at_once(client)
+
     def _received(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         mid, qos = message.mid, message.qos
+        _acknowledge_at_once(client)
 
         def acknowledge() -> None:
             if self._manual_ack:

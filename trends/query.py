@@ -116,10 +116,16 @@ class Queries:
         self, database: duckdb.DuckDBPyConnection, table: str, fresh: pa.Table, opened: DeltaTable | None
     ) -> None:
         """One view over both; the names come from SCHEMAS, never from a user."""
-        columns = ", ".join(f'"{name}"' for name in SCHEMAS[table].names)
+        names = SCHEMAS[table].names
+        columns = ", ".join(f'"{name}"' for name in names)
         database.register(f"{table}_journal", fresh)
         parts = [f"SELECT {columns} FROM {table}_journal"]  # noqa: S608
         if opened is not None:
-            database.register(f"{table}_delta", opened.to_pyarrow_dataset())
-            parts.append(f"SELECT {columns} FROM {table}_delta")  # noqa: S608
+            stored = opened.to_pyarrow_dataset()
+            database.register(f"{table}_delta", stored)
+            # A table of an older version lacks newer columns until its next commit.
+            there = ", ".join(
+                f'"{name}"' if name in stored.schema.names else f'NULL AS "{name}"' for name in names
+            )
+            parts.append(f"SELECT {there} FROM {table}_delta")  # noqa: S608
         database.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(parts)}")

@@ -33,6 +33,20 @@ class Samples:
     def key(self, index: int) -> str:
         return self.keys[index] if self.keys else ""
 
+    def part(self, start: int, stop: int) -> Samples:
+        """The samples `start .. stop - 1`, as views."""
+        problems = self.problems
+        if problems:
+            problems = {at - start: text for at, text in problems.items() if start <= at < stop}
+        return replace(
+            self,
+            event_time=self.event_time[start:stop],
+            values=self.values[start:stop],
+            keys=self.keys[start:stop],
+            seq=None if self.seq is None else self.seq[start:stop],
+            problems=problems,
+        )
+
     def take(self, indices: npt.NDArray[np.intp]) -> Samples:
         """The samples at `indices`, in that order."""
         chosen = indices.tolist()
@@ -45,3 +59,23 @@ class Samples:
             seq=None if self.seq is None else self.seq[indices],
             problems={new: self.problems[old] for old, new in where.items()},
         )
+
+
+def join(parts: list[Samples]) -> Samples:
+    """Samples of one epoch and one source, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    problems: dict[int, str] = {}
+    offset = 0
+    for part in parts:
+        problems.update({offset + index: text for index, text in part.problems.items()})
+        offset += len(part)
+    numbered = [part.seq for part in parts if part.seq is not None]
+    return Samples(
+        np.concatenate([part.event_time for part in parts]),
+        np.concatenate([part.values for part in parts]),
+        tuple(key for part in parts for key in part.keys),
+        parts[0].epoch,
+        np.concatenate(numbered) if len(numbered) == len(parts) else None,
+        problems,
+    )

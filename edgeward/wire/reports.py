@@ -107,6 +107,11 @@ class StreamReport(Struct, frozen=True):
     `latency_ms` holds p50/p95 of one inference call; `psi` the population stability index of each
     live feature against the package's baseline (Siddiqi 2006; > 0.25 is a significant shift), over
     the last `psi_rows` rows.
+
+    `problems` counts readings that were kept from the model by kind and feature (`range:flow`), `late`
+    samples behind the watermark, `dropped` those that nobody could take, `other` what else was counted.
+    `actions` holds per action how often it ran and failed and its latency from receipt, in milliseconds.
+    `reason` says why the stream does not run.
     """
 
     stream: str
@@ -119,6 +124,12 @@ class StreamReport(Struct, frozen=True):
     latency_ms: dict[str, float] = {}
     psi: dict[str, float] = {}
     psi_rows: int = 0
+    problems: dict[str, int] = {}
+    late: int = 0
+    dropped: int = 0
+    other: dict[str, int] = {}
+    actions: dict[str, dict[str, float]] = {}
+    reason: str = ""
 
 
 class OutboxReport(Struct, frozen=True):

@@ -57,7 +57,8 @@ class TrendRow(Struct, frozen=True, array_like=True):
 
     `series` is `feature:NAME` or `output:NAME`; `m2` is the sum of squared deviations from the mean
     (Chan, Golub, LeVeque 1979); `histogram` counts values per bin of the package's baseline edges
-    (`edges`, n-1 inner edges for n bins), empty when the model has no baseline for the series.
+    (`edges`, n-1 inner edges for n bins), empty when the model has no baseline for the series. `sketch`
+    is a serialised KLL sketch of floats (Apache DataSketches), for quantiles over any span of buckets.
     """
 
     bucket: int
@@ -76,6 +77,7 @@ class TrendRow(Struct, frozen=True, array_like=True):
     maximum: float
     edges: list[float]
     histogram: list[int]
+    sketch: bytes = b""
 
 
 class SampleRow(Struct, frozen=True, array_like=True):

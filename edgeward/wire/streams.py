@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument
 from edgeward.identifiers import check_name
 from edgeward.wire.spec import Positive, Seconds, SpecStruct, TopicText
@@ -273,6 +274,10 @@ def check_stream(spec: StreamSpec) -> None:
     for index, action in enumerate(spec.actions):
         field = f"spec.actions[{index}]"
         check_name(action.name, f"{field}.name")
+        try:
+            compile_condition(action.when)
+        except InvalidDocument as error:
+            raise InvalidDocument(error.problem, field=f"{field}.when", hint=error.hint) from None
         if sum(target is not None for target in (action.publish, action.webhook, action.file)) != 1:
             raise InvalidDocument("expected exactly one of publish, webhook and file", field=field)
     names = [action.name for action in spec.actions]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.desired import check
-from agent.samples import Sample, continue_sequence, parse
 from agent.state import SlotRecord, State
 from agent.uplink import BATCH_ROWS, RESEND_AFTER, WINDOW_ROWS, Sending, Uplink, plan
 from edgeward.clock import ManualClock
-from edgeward.errors import InvalidDocument, TrustError
+from edgeward.errors import TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.trust import certificates, dsse, keys
 from edgeward.trust.certificates import DeviceIdentity, Identity, StoreIdentity, TrustAnchor
@@ -30,7 +28,6 @@ from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState, ModelRef
 from edgeward.wire.desired import encode as encode_desired
 from edgeward.wire.envelope import seal
 from edgeward.wire.rows import Ack, ResultRow, Row
-from edgeward.wire.streams import MqttSource
 from edgeward.wire.topics import Lane
 
 ME = DeviceName("north", "turbine-1")
@@ -236,39 +233,3 @@ def test_desired_state_is_applied_only_when_genuine_newer_mine_and_fresh() -> No
     ]:
         with pytest.raises(TrustError, match=says):
             check(raw, trusted, ME, 4, now)
-
-
-# --- samples --------------------------------------------------------------------------------------
-
-SOURCE = MqttSource(topic="t", time="t", values="values", sequence=True)
-
-
-def test_samples_are_parsed_and_bad_ones_marked() -> None:
-    payload = b"""[{"epoch":"e","seq":0,"t":1700000000.5,"values":{"a":1,"b":2.5,"note":"x"}},
-                   {"epoch":"e","seq":1,"t":1700000001,"values":{"a":1}},
-                   {"epoch":"e","seq":2,"t":"soon","values":{"a":1,"b":2}},
-                   {"epoch":"e","seq":3,"t":1700000002,"values":{"a":1e999,"b":true}},
-                   {"epoch":"e","seq":4,"t":1700000003,"values":{"a":NaN,"b":1}}]"""
-    good, missing, untimed, strange, nan = parse(payload, SOURCE, ["a", "b"], 1_700_000_009.0)
-    assert (good.event_time, good.values, good.problem) == (1_700_000_000_500_000, {"a": 1.0, "b": 2.5}, "")
-    assert missing.problem.startswith("b: missing")
-    assert untimed.problem.startswith("t: not a time")
-    assert strange.problem.startswith("a: missing or not a finite")
-    assert nan.problem == strange.problem, "one bad reading costs its sample, not the whole message"
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_give_samples_or_a_clear_refusal(payload: bytes) -> None:
-    for source in (SOURCE, MqttSource(topic="t")):
-        with contextlib.suppress(InvalidDocument):
-            parse(payload, source, ["a"], 0.0)
-
-
-@given(st.lists(st.integers(0, 12), max_size=40))
-def test_a_sequence_goes_on_without_holes_or_repeats(numbers: list[int]) -> None:
-    samples = [Sample(0, "", "e", number, {}) for number in numbers]
-    taken, position = continue_sequence(samples, None)
-    assert [sample.seq for sample in taken] == list(range(len(taken)))
-    assert position == (("e", len(taken) - 1) if taken else None)
-    restarted, _ = continue_sequence([Sample(0, "", "f", 0, {})], ("e", 7))
-    assert [sample.epoch for sample in restarted] == ["f"]

@@ -1,4 +1,8 @@
-"""Mergeable statistics per series and time bucket, and the drift figure."""
+"""Mergeable statistics per series and time bucket, and the drift figure.
+
+Quantiles come from a KLL sketch (Karnin, Lang, Liberty 2016) of Apache DataSketches: with k = 200 its
+ranks are within 1.3 % of the true ones at 99 % confidence, also after merging any number of them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from datasketches import kll_floats_sketch
 
 from edgeward.wire.package import FeatureBaseline
 
 Floats = npt.NDArray[np.float64]
 
 PSI_EPSILON = 1e-4
+KLL_K = 200
 
 
 def psi(expected: list[float], counts: list[int]) -> float:
@@ -33,7 +39,10 @@ def psi(expected: list[float], counts: list[int]) -> float:
 
 @dataclass
 class Statistics:
-    """Count, mean, squared deviations, extremes and a histogram; merged exactly (Chan et al. 1979)."""
+    """Count, mean, squared deviations, extremes and a histogram; merged exactly (Chan et al. 1979).
+
+    `quantiles` is the KLL sketch of all values, `sketch` its serialised form.
+    """
 
     edges: list[float]
     count: int = 0
@@ -43,6 +52,11 @@ class Statistics:
     minimum: float = math.inf
     maximum: float = -math.inf
     histogram: list[int] = field(default_factory=list)
+    quantiles: kll_floats_sketch = field(default_factory=lambda: kll_floats_sketch(KLL_K))
+
+    def sketch(self) -> bytes:
+        """As any implementation of Apache DataSketches reads it; empty without values."""
+        return bytes(self.quantiles.serialize()) if self.count else b""
 
     def add(self, values: Floats) -> None:
         """Take in finite numbers; others count as missing."""
@@ -59,6 +73,7 @@ class Statistics:
         self.count = total
         self.minimum = min(self.minimum, float(finite.min()))
         self.maximum = max(self.maximum, float(finite.max()))
+        self.quantiles.update(finite.astype(np.float32))
         if self.edges:
             bins = np.bincount(
                 np.searchsorted(self.edges, finite, side="right"), minlength=len(self.edges) + 1

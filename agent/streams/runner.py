@@ -1,0 +1,439 @@
+"""source -> quality -> window -> model -> actions -> outbox: one thread per stream.
+
+Actions run right after the inference and wait for nothing else. Then everything that the windows made,
+and the sensor's position, is one transaction, and only then is the sensor told: a kill at any instant
+leaves both or neither. An action may therefore run again after a kill, but is never left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.runtime.port import Overloaded
+from agent.runtime.worker import WorkerStopped
+from agent.slots import ActiveModel
+from agent.state import State
+from agent.streams.actions import Gate
+from agent.streams.decode.sequence import Position, continue_sequence
+from agent.streams.examples import Examples, make_examples
+from agent.streams.execute import Executor
+from agent.streams.infer import infer_all
+from agent.streams.positions import Positions
+from agent.streams.publish import Selection
+from agent.streams.quality import Quality
+from agent.streams.results import Lineage, Outputs, alarm_rows, read_outputs, result_rows, sample_rows
+from agent.streams.samples import Samples
+from agent.streams.signature import Signature, match
+from agent.streams.sources.factory import build, numbers_samples
+from agent.streams.sources.mqtt import MqttLink, fill_in
+from agent.streams.sources.push import PushSource
+from agent.streams.trends import Trends
+from agent.streams.window import Closed, Windows
+from edgeward.clock import Clock
+from edgeward.conditions import compile_condition
+from edgeward.errors import EdgewardError, InvalidDocument, PackageError, RuntimeFault, Unavailable
+from edgeward.identifiers import DeviceName
+from edgeward.wire.desired import StreamTarget
+from edgeward.wire.reports import StreamReport
+from edgeward.wire.rows import AlarmRow, Row
+from edgeward.wire.topics import Lane
+
+log = logging.getLogger(__name__)
+
+#: Messages and samples that may wait; a source is told to wait when there are more.
+QUEUE_MESSAGES, QUEUE_SAMPLES = 2000, 50_000
+#: Samples that one transaction may cover when many wait: the disk's flush costs as much as a hundred.
+GROUP_SAMPLES = 2000
+_TRIES = 3
+
+
+class StreamRunner:
+    """`active` gives the slot's model, `publish` sends to the local broker, `committed` wakes the uplink."""
+
+    def __init__(
+        self,
+        target: StreamTarget,
+        name: DeviceName,
+        state: State,
+        clock: Clock,
+        active: Callable[[str], ActiveModel | None],
+        link: MqttLink,
+        committed: Callable[[], None],
+        folder: Path,
+    ) -> None:
+        """`folder` is where `file` actions write. Raises InvalidDocument, MissingDependency."""
+        spec = target.spec
+        self.target = target
+        self._spec = spec
+        self._name = name
+        self._state = state
+        self._clock = clock
+        self._active = active
+        self._committed = committed
+        source = spec.source.one()
+        self._source_key = fill_in(getattr(source, "topic", "") or f"stream:{target.name}", name)
+        self._numbered = numbers_samples(spec.source)
+        self._position = state.source(self._source_key) if self._numbered else None
+        self._durable = self._position
+        self.source = build(
+            spec.source,
+            spec.features,
+            spec.quality,
+            name=name,
+            clock=clock,
+            link=link,
+            position=self._position,
+        )
+        self._quality = Quality(spec.features, spec.quality)
+        self._windows = Windows(spec.window)
+        self._positions = Positions()
+        self._conditions = [compile_condition(action.when) for action in spec.actions]
+        self._gates = [Gate(action) for action in spec.actions]
+        self._executor = Executor(spec.actions, link.publish, folder, clock)
+        self._trends = Trends(int(spec.publish.trend_bucket * 1e6))
+        self._selection: Selection | None = None
+        self._model: ActiveModel | None = None
+        self._signature: Signature | None = None
+        self._reason = ""
+        self._queue: deque[tuple[Samples, float]] = deque()
+        self._queued = 0
+        self._arrived = threading.Condition()
+        self._stop = threading.Event()
+        self._counts: Counter[str] = Counter()
+        self._score_sum = 0.0
+        self._latencies: list[float] = []
+        self._figures = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name=f"stream-{target.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self.source.start(self)
+
+    def stop(self) -> None:
+        """Take no more, finish what was taken, and end."""
+        self.source.stop()
+        self._stop.set()
+        with self._arrived:
+            self._arrived.notify_all()
+        self._thread.join(30)
+        self._executor.stop()
+
+    @property
+    def push(self) -> PushSource | None:
+        """The source, when it is fed over HTTP."""
+        return self.source if isinstance(self.source, PushSource) else None
+
+    # the source's side
+
+    def take(self, samples: Samples) -> bool:
+        """See Sink. Nothing is taken while no model fits: the samples wait at the sensor."""
+        if self._active(self._spec.slot) is None or self._reason:
+            return False
+        with self._arrived:
+            if len(self._queue) >= QUEUE_MESSAGES or self._queued >= QUEUE_SAMPLES:
+                return False
+            self._queue.append((samples, self._clock.monotonic()))
+            self._queued += len(samples)
+            self._arrived.notify()
+        return True
+
+    def count(self, what: str, number: int = 1) -> None:
+        with self._figures:
+            self._counts[what] += number
+
+    # the stream's thread
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._turn()
+            except (EdgewardError, OSError) as error:
+                self.count("errors")
+                log.error("stream %s: %s", self.target.name, error)
+                self._stop.wait(0.5)
+        try:
+            while self._queue:
+                self._turn()
+            self._process(self._windows.flush(), self._clock.monotonic(), everything=True)
+        except (EdgewardError, OSError) as error:
+            log.error("stream %s: the last window is left to the sensor: %s", self.target.name, error)
+
+    def _turn(self) -> None:
+        """Wait for samples or for a window's end, and work off what is there."""
+        self._fit()
+        now = self._clock.monotonic()
+        due = self._windows.next_due()
+        wait = 0.25 if due is None else min(0.25, max(0.0, due - now))
+        with self._arrived:
+            if not self._queue and not self._stop.is_set():
+                self._arrived.wait(wait)
+        closed: list[Closed] = []
+        received: float | None = None
+        covered = 0
+        while self._queue and covered < GROUP_SAMPLES:
+            with self._arrived:
+                samples, arrived = self._queue.popleft()
+                self._queued -= len(samples)
+            received = arrived if received is None else received
+            covered += len(samples)
+            if self._positions.epoch not in (None, samples.epoch):
+                # A window must not mix the samples of two lives of a sensor.
+                closed += self._windows.flush()
+                self._process(closed, received)
+                closed = []
+            closed += self._add(samples, arrived)
+        closed += self._windows.due(self._clock.monotonic())
+        if closed:
+            self._process(closed, received if received is not None else self._clock.monotonic())
+
+    def _add(self, samples: Samples, now: float) -> list[Closed]:
+        if self._numbered:
+            samples, self._position = continue_sequence(samples, self._position)
+            if not len(samples):
+                if self._durable is not None:
+                    self.source.committed(*self._durable)  # repeats: the sensor has not heard of it
+                return []
+        samples = self._quality.apply(samples)
+        self._positions.add(samples)
+        return self._windows.add(samples, now)
+
+    def _fit(self) -> None:
+        """Look whether the slot has another model, and whether this stream fits it."""
+        model = self._active(self._spec.slot)
+        if model is self._model:
+            return
+        self._model = model
+        self._signature = None
+        if model is None:
+            return
+        manifest = model.package.manifest
+        try:
+            self._signature = match(self._spec, model.runner.inputs, model.runner.outputs, manifest.decision)
+            self._selection = Selection(self._spec.publish, manifest.decision)
+            self._reason = ""
+        except (InvalidDocument, PackageError) as error:
+            self._reason = str(error)
+            log.error("stream %s does not fit %s: %s", self.target.name, model.ref.model, error)
+
+    def _process(self, closed: list[Closed], received: float, *, everything: bool = False) -> None:
+        """Infer, act, commit, tell the sensor. `received` is when the oldest of these samples came in."""
+        examples = (
+            make_examples(closed, self._spec.window.aggregate, self._spec.window.count) if closed else None
+        )
+        rows: list[tuple[Lane, Row]] = []
+        if examples is not None:
+            rows += self._rows_of(examples, received)
+        rows += [("trend", row) for row in self._trends.take(self.target, everything=everything)]
+        position = self._positions.at(self._windows.settled)
+        position = position if self._numbered else None
+        if rows or position:
+            self._commit(rows, position)
+        if position:
+            self._durable = position
+            self.source.committed(*position)
+
+    def _commit(self, rows: list[tuple[Lane, Row]], position: Position | None) -> None:
+        """All or nothing, as soon as the disk lets it. Raises Unavailable when told to stop before that."""
+        while True:
+            try:
+                self._state.commit_rows(rows, {self._source_key: position} if position else None)
+            except (OSError, sqlite3.Error) as error:
+                self.count("errors")
+                log.error("stream %s: results cannot be stored: %s", self.target.name, error)
+                if self._stop.wait(0.5):
+                    raise Unavailable(f"results cannot be stored: {error}") from None
+            else:
+                self._committed()
+                return
+
+    def _rows_of(self, examples: Examples, received: float) -> list[tuple[Lane, Row]]:
+        model, outputs, began = self._ask(examples)
+        lineage = Lineage(model.ref.digest, model.package.variant.name, model.runner.provider)
+        decision = model.package.manifest.decision
+        selection = self._selection
+        keys = (
+            tuple(examples.samples.key(at) for at in examples.last.tolist()) if examples.samples.keys else ()
+        )
+        alarms = alarm_rows(self.target, lineage, examples, outputs, decision)
+        if self._spec.actions and len(examples):
+            self._act(model, examples, outputs, keys, alarms, received)
+        chosen = (
+            selection.choose(keys, outputs.scores, outputs.alarm)
+            if selection is not None and len(examples)
+            else np.ones(len(examples), np.bool_)
+        )
+        results = result_rows(self.target, lineage, examples, outputs, chosen)
+        rows: list[tuple[Lane, Row]] = [("result", row) for row in results]
+        rows += [("alarm", row) for row in alarms]
+        if self._spec.publish.samples == "all":
+            rows += [("sample", row) for row in sample_rows(self.target, examples, self._spec.features)]
+        self._note(model, lineage, examples, outputs, alarms, began)
+        return rows
+
+    def _ask(self, examples: Examples) -> tuple[ActiveModel, Outputs, float]:
+        """The model's outputs; of a model that was replaced meanwhile, its successor's."""
+        tries = 0
+        features = self._spec.features
+        while True:
+            self._fit()
+            model, signature = self._model, self._signature
+            if model is None or signature is None:
+                if self._stop.wait(0.1):
+                    raise Unavailable(self._reason or "the slot has no model")
+                continue
+            decision = model.package.manifest.decision
+            if not len(examples):
+                return model, read_outputs({}, 0, None), 0.0
+
+            def ask(
+                rows: Any, model: ActiveModel = model, signature: Signature = signature
+            ) -> dict[str, Any]:
+                return model.runner.infer(signature.feed(rows, features))
+
+            began = self._clock.monotonic()
+            try:
+                got, answered, refusal = infer_all(ask, examples.inputs, single=signature.single)
+            except WorkerStopped:
+                self._stop.wait(0.01)
+                continue
+            except Overloaded as error:
+                if self._stop.wait(min(error.retry_after, 0.5)):
+                    raise
+                continue
+            except RuntimeFault as error:
+                self.count("errors")
+                tries += 1
+                log.error("stream %s: %s", self.target.name, error)
+                if tries < _TRIES:
+                    self._stop.wait(0.2 * tries)
+                    continue
+                got, answered, refusal = {}, np.zeros(len(examples), np.bool_), str(error)
+            outputs = read_outputs(got, len(examples), decision if got else None)
+            if not answered.all():
+                self.count("refused", int((~answered).sum()))
+                log.warning("stream %s: the model refused samples: %s", self.target.name, refusal)
+                outputs = Outputs(outputs.columns, outputs.scores, outputs.alarm & answered, answered)
+            return model, outputs, (self._clock.monotonic() - began) * 1e3
+
+    # actions
+
+    def _act(
+        self,
+        model: ActiveModel,
+        examples: Examples,
+        outputs: Outputs,
+        keys: tuple[str, ...],
+        alarms: list[AlarmRow],
+        received: float,
+    ) -> None:
+        decision = model.package.manifest.decision
+        columns: dict[str, Any] = dict(outputs.columns)
+        if examples.inputs.ndim == 2:
+            features = enumerate(self._spec.features)
+            columns = {name: examples.inputs[:, index] for index, name in features} | columns
+        columns["alarm"] = outputs.alarm
+        columns["threshold"] = decision.threshold if decision is not None else float("nan")
+        now = self._clock.monotonic()
+        for action, gate, condition in zip(self._spec.actions, self._gates, self._conditions, strict=True):
+            holds = np.broadcast_to(condition.evaluate(columns), (len(examples),)) & outputs.answered
+            if not holds.any() and gate.idle:
+                continue
+            for index, hold in enumerate(holds.tolist()):
+                verdict = gate.decide(keys[index] if keys else "", hold, now)
+                if verdict == "run":
+                    topic = fill_in(action.publish, self._name) if action.publish else None
+                    message = self._message(model, examples, outputs, index)
+                    self._executor.run(action, topic, message | {"action": action.name}, received)
+                elif verdict in ("held", "once", "rate"):
+                    self.count(f"suppressed:{verdict}")
+
+    def _message(
+        self, model: ActiveModel, examples: Examples, outputs: Outputs, index: int
+    ) -> dict[str, object]:
+        decision, at = model.package.manifest.decision, int(examples.last[index])
+        samples = examples.samples
+        scores = {name: float(values[index]) for name, values in outputs.scores.items()}
+        finite = {name: value for name, value in scores.items() if np.isfinite(value)}
+        value = finite.get(decision.output) if decision is not None else next(iter(finite.values()), None)
+        return {
+            "device": self._name.device, "stream": self.target.name, "key": samples.key(at),
+            "event_time": int(samples.event_time[at]) / 1e6, "value": value,
+            "threshold": decision.threshold if decision is not None else None, "outputs": finite,
+            "model": model.ref.model, "version": model.ref.version, "digest": model.ref.digest,
+            "source_seq": int(samples.seq[at]) if samples.seq is not None else -1,
+        }  # fmt: skip
+
+    # figures
+
+    def _note(
+        self,
+        model: ActiveModel,
+        lineage: Lineage,
+        examples: Examples,
+        outputs: Outputs,
+        alarms: list[AlarmRow],
+        latency: float,
+    ) -> None:
+        features = self._spec.features
+        predicted = examples.inputs[outputs.answered] if len(examples) else examples.inputs
+        if len(predicted):
+            at = examples.samples.event_time[examples.last][outputs.answered]
+            series = {f"output:{name}": values[outputs.answered] for name, values in outputs.scores.items()}
+            edges: dict[str, list[float]] = {}
+            if predicted.ndim == 2:
+                baseline = model.package.manifest.baseline
+                model.live.add(features, predicted)
+                series |= {f"feature:{name}": predicted[:, index] for index, name in enumerate(features)}
+                edges = {f"feature:{name}": item.edges for name, item in baseline.items()}
+            if self._spec.publish.trends:
+                self._trends.add(at, lineage, series, edges)
+        decision = model.package.manifest.decision
+        with self._figures:
+            self._counts["rows"] += len(examples.samples)
+            self._counts["predicted"] += int(outputs.answered.sum())
+            self._counts["late"] += examples.late
+            self._counts["alarms"] += len(alarms)
+            self._counts["bad"] += len(examples.samples.problems)
+            if decision is not None and decision.output in outputs.scores:
+                self._score_sum += float(np.nansum(outputs.scores[decision.output]))
+            self._latencies.append(latency)
+
+    def report(self) -> StreamReport:
+        """The figures since the last report."""
+        model = self._active(self._spec.slot)
+        with self._figures:
+            counts, self._counts = self._counts, Counter()
+            score_sum, self._score_sum = self._score_sum, 0.0
+            latencies, self._latencies = self._latencies, []
+        problems, self._quality.counts = dict(self._quality.counts), Counter()
+        latency = {}
+        if latencies:
+            p50, p95 = np.percentile(latencies, [50, 95])
+            latency = {"p50": float(p50), "p95": float(p95)}
+        known = ("rows", "predicted", "late", "alarms", "bad", "rejected", "dropped", "errors")
+        return StreamReport(
+            self.target.name,
+            model.ref.digest if model else "",
+            counts["rows"],
+            counts["alarms"],
+            counts["bad"] + counts["rejected"] + counts["dropped"],
+            counts["errors"],
+            score_sum / counts["predicted"] if counts["predicted"] else None,
+            latency,
+            model.live.psi() if model else {},
+            model.live.rows if model else 0,
+            problems=problems,
+            late=counts["late"],
+            dropped=counts["dropped"],
+            other={name: number for name, number in counts.items() if name not in known},
+            actions=self._executor.take(),
+            reason=self._reason,
+        )
