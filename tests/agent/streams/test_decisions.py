@@ -1,0 +1,324 @@
+"""What a stream decides, purely: quality, examples, signatures, refusals, gates, selections, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.streams.actions import Gate
+from agent.streams.examples import make_examples
+from agent.streams.infer import infer_all
+from agent.streams.local_link import LocalLink, StreamLink, matches
+from agent.streams.positions import Positions
+from agent.streams.publish import Selection
+from agent.streams.quality import Quality
+from agent.streams.samples import Samples
+from agent.streams.signature import match
+from agent.streams.window import Closed
+from edgeward.errors import InvalidDocument, PackageError, RuntimeFault
+from edgeward.mqtt import Message
+from edgeward.wire.package import Decision, TensorSpec
+from edgeward.wire.streams import (
+    Action,
+    CameraSource,
+    Check,
+    MqttSource,
+    Publish,
+    Source,
+    StreamSpec,
+    Window,
+)
+
+NAN = float("nan")
+
+
+def samples(
+    values: Any, keys: tuple[str, ...] = (), problems: dict[int, str] | None = None, first: int = 0
+) -> Samples:
+    array = np.asarray(values, dtype=np.float64)
+    count = len(array)
+    return Samples(
+        np.arange(first, first + count), array, keys, "e", np.arange(first, first + count), problems or {}
+    )
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(*[st.sampled_from([NAN, -5.0, 0.0, 0.5, 1.0, 1e300, float("inf")])] * 2),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_a_reading_that_is_missing_or_out_of_range_marks_its_sample(rows: list[tuple[float, float]]) -> None:
+    quality = Quality(["a", "b"], {"a": Check(minimum=0, maximum=1)})
+    marked = quality.apply(samples(rows)).problems
+    for index, (a, b) in enumerate(rows):
+        bad = not (np.isfinite(a) and np.isfinite(b) and 0 <= a <= 1)
+        assert (index in marked) == bad
+    missing = sum(not np.isfinite(b) for _, b in rows)
+    assert quality.counts["missing:b"] == missing
+    assert quality.counts["range:a"] == sum(a in (-5.0, 1e300, float("inf")) for a, _ in rows)
+
+
+def test_a_problem_names_the_feature_the_value_and_the_limit() -> None:
+    quality = Quality(["a", "b"], {"b": Check(maximum=10)})
+    marked = quality.apply(samples([[1, 11], [NAN, 2]], problems={1: "from the source"}))
+    assert marked.problems == {0: "b: 11 is outside -inf to 10", 1: "from the source"}
+
+
+def test_a_stuck_sensor_is_found_across_messages_and_per_key() -> None:
+    quality = Quality(["a"], {"a": Check(stuck_after=3)})
+    assert quality.apply(samples([[1], [1]], ("x", "y"))).problems == {}
+    assert quality.apply(samples([[1], [2]], ("x", "y"))).problems == {}
+    marked = quality.apply(samples([[1], [2], [1]], ("x", "y", "x"))).problems
+    assert marked == {
+        0: "a: stuck at 1 for 3 readings, limit 3",
+        2: "a: stuck at 1 for 4 readings, limit 3",
+    }
+    assert quality.apply(samples([[5]], ("x",))).problems == {}, "it moves again"
+
+
+# --- examples and signatures ----------------------------------------------------------------------
+
+
+def test_each_sample_belongs_to_the_example_made_from_it() -> None:
+    windows = [
+        Closed("", samples([[1], [2], [3]], problems={1: "bad"})),
+        Closed("", samples([[9]], first=3), late=True),
+        Closed("", samples([[5]], first=4)),
+    ]
+    made = make_examples(windows, "none", 3)
+    assert made.owner.tolist() == [0, -1, 1, -1, 2] and made.late == 1
+    assert made.inputs.tolist() == [[1], [3], [5]] and made.last.tolist() == [0, 2, 4]
+
+    made = make_examples(windows, "mean", 3)
+    assert made.inputs.tolist() == [[2], [5]], "without the bad one"
+    assert made.owner.tolist() == [0, -1, 0, -1, 1] and made.last.tolist() == [2, 4]
+
+    made = make_examples([Closed("", samples([[1], [2]]))], "stack", 2)
+    assert made.inputs.shape == (1, 2, 1) and made.owner.tolist() == [0, 0]
+    made = make_examples([Closed("", samples([[1]]))], "stack", 2)
+    assert len(made) == 0 and made.owner.tolist() == [-1], "a window that is not full cannot be stacked"
+
+    overlapping = Closed("", samples([[1], [2], [3]]), np.array([2]))
+    made = make_examples([overlapping], "maximum", 3)
+    assert made.inputs.tolist() == [[3]] and made.samples.seq is not None
+    assert made.samples.seq.tolist() == [2], "the others were accounted for by an earlier window"
+
+    nothing = make_examples([Closed("", samples([[1], [2]], problems={0: "x", 1: "y"}))], "mean", 2)
+    assert len(nothing) == 0 and nothing.owner.tolist() == [-1, -1]
+
+
+def spec(features: list[str], **more: Any) -> StreamSpec:
+    source = more.pop("source", Source(mqtt=MqttSource(topic="t")))
+    return StreamSpec(source=source, features=features, **more)
+
+
+OUT = [TensorSpec("score", "float32", [-1, 2])]
+
+
+def test_a_stream_feeds_the_model_as_its_signature_asks() -> None:
+    rows = np.array([[1.0, 2.0], [3.0, 4.0]])
+    matrix = match(spec(["a", "b"]), [TensorSpec("x", "float32", [-1, 2])], OUT, None)
+    fed = matrix.feed(rows, ["a", "b"])["x"]
+    assert fed.dtype == np.float32 and fed.tolist() == rows.tolist()
+    columns = match(
+        spec(["a", "b"]), [TensorSpec("b", "float64", [-1, 1]), TensorSpec("a", "int64", [-1, 1])], OUT, None
+    )
+    assert {name: array.tolist() for name, array in columns.feed(rows, ["a", "b"]).items()} == {
+        "b": [[2.0], [4.0]],
+        "a": [[1], [3]],
+    }
+    stacked = match(
+        spec(["a", "b"], window=Window(count=4, aggregate="stack")),
+        [TensorSpec("x", "float32", [1, 4, 2])], OUT, None,
+    )  # fmt: skip
+    assert stacked.single
+    camera = Source(camera=CameraSource(url="x", width=6, height=4))
+    images = np.full((1, 4, 6, 3), 255, np.uint8)
+    planes = match(spec([], source=camera), [TensorSpec("x", "float32", [1, 3, 4, 6])], OUT, None)
+    assert planes.feed(images, [])["x"].shape == (1, 3, 4, 6) and planes.feed(images, [])["x"].max() == 1.0
+    pixels = match(spec([], source=camera), [TensorSpec("x", "uint8", [-1, 4, 6, 3])], OUT, None)
+    assert pixels.feed(images, [])["x"].max() == 255
+
+
+@pytest.mark.parametrize(
+    ("stream", "inputs", "decision", "says"),
+    [
+        (
+            spec(["a"]), [TensorSpec("x", "float32", [-1, 2])], None,
+            r"input x expects \[-1, 2\], the stream gives one tensor \[n, 1\]",
+        ),
+        (spec(["a"]), [TensorSpec("x", "float32", [4, 1])], None, r"expects \[4, 1\]"),
+        (spec(["a"]), [TensorSpec("x", "bytes", [-1, 1])], None, "type bytes"),
+        (spec(["a"]), [TensorSpec("x", "float32", [-1, 1])] * 2, None, "the model has the inputs x float32"),
+        (spec(["a"]), [TensorSpec("x", "float32", [-1, 1])], Decision("gone", 1.0), "names output 'gone'"),
+        (
+            spec(["a"], window=Window(count=3, aggregate="stack")),
+            [TensorSpec("x", "float32", [-1, 4, 1])], None, "expects",
+        ),
+        (
+            spec([], source=Source(camera=CameraSource(url="x", width=5))),
+            [TensorSpec("x", "float32", [1, 3, -1, 6])], None, "expects width 6",
+        ),
+    ],
+)  # fmt: skip
+def test_a_stream_that_does_not_fit_says_what_was_expected(
+    stream: StreamSpec, inputs: list[TensorSpec], decision: Decision | None, says: str
+) -> None:
+    with pytest.raises(PackageError, match=says):
+        match(stream, inputs, OUT, decision)
+
+
+def test_a_condition_may_name_outputs_their_columns_and_features_only() -> None:
+    inputs = [TensorSpec("x", "float32", [-1, 1])]
+    good = Action(name="a", when="score[1] > 0.5 && temp < 3 || alarm && score > threshold", publish="t")
+    match(spec(["temp"], actions=[good]), inputs, OUT, None)
+    for when in ("pressure > 1", "score[2] > 1"):
+        with pytest.raises(InvalidDocument, match="neither an output of the model nor a feature"):
+            match(spec(["temp"], actions=[Action(name="a", when=when, publish="t")]), inputs, OUT, None)
+
+
+@settings(max_examples=100)
+@given(st.sets(st.integers(0, 30)), st.booleans())
+def test_refused_examples_are_found_and_cost_no_other(poison: set[int], single: bool) -> None:
+    examples = np.arange(31.0).reshape(-1, 1)
+
+    def ask(rows: np.ndarray) -> dict[str, np.ndarray]:
+        if poison & set(rows[:, 0].astype(int).tolist()):
+            raise RuntimeFault("refused")
+        return {"y": rows * 2}
+
+    if len(poison) == 31:
+        with pytest.raises(RuntimeFault):
+            infer_all(ask, examples, single=single)
+        return
+    got, answered, refusal = infer_all(ask, examples, single=single)
+    assert answered.tolist() == [index not in poison for index in range(31)]
+    assert got["y"][answered].tolist() == (examples[answered] * 2).tolist()
+    assert refusal == ("refused" if poison else "")
+
+
+def test_outputs_that_are_not_one_per_example_are_a_fault() -> None:
+    with pytest.raises(RuntimeFault, match=r"output y has shape \[1, 1\] for 3 examples"):
+        infer_all(lambda rows: {"y": rows[:1]}, np.zeros((3, 1)), single=False)
+
+
+# --- gates, selections, positions -----------------------------------------------------------------
+
+
+def verdicts(action: Action, steps: list[tuple[float, bool]], key: str = "") -> list[str]:
+    gate = Gate(action)
+    return [gate.decide(key, holds, now) for now, holds in steps]
+
+
+def test_an_action_waits_for_windows_in_a_row() -> None:
+    action = Action(name="a", windows=3, publish="t")
+    steps = [(0.0, True), (1.0, True), (2.0, False), (3.0, True), (4.0, True), (5.0, True), (6.0, True)]
+    assert verdicts(action, steps) == ["counting", "counting", "idle", "counting", "counting", "run", "run"]
+
+
+def test_an_action_is_held_runs_once_and_within_its_rate() -> None:
+    held = Action(name="a", hold=10, publish="t")
+    steps = [(0.0, True), (5.0, True), (9.9, False), (9.95, True), (10.0, True)]
+    assert verdicts(held, steps) == ["run", "held", "idle", "held", "run"]
+    once = Action(name="a", once=True, publish="t")
+    assert verdicts(once, [(0.0, True), (1.0, True), (2.0, False), (3.0, True)]) == [
+        "run",
+        "once",
+        "idle",
+        "run",
+    ]
+    rated = Action(name="a", rate=2, publish="t")
+    steps = [(0.0, True), (1.0, True), (2.0, True), (29.0, True), (31.0, True), (32.0, True)]
+    assert verdicts(rated, steps) == ["run", "run", "rate", "rate", "run", "rate"]
+
+
+def test_keys_count_for_themselves_and_share_the_rate() -> None:
+    gate = Gate(Action(name="a", windows=2, rate=1, publish="t"))
+    assert [gate.decide(key, True, 0.0) for key in "abab"] == ["counting", "counting", "run", "rate"]
+    assert not gate.idle
+    assert [gate.decide(key, False, 0.0) for key in "ab"] == ["idle", "idle"] and gate.idle
+
+
+def test_results_are_selected_by_policy() -> None:
+    decision = Decision("score", 0.5)
+    scores = {"score": np.array([0.1, 0.12, 0.45, 0.46, 0.9])}
+    alarms = np.array([False, False, False, False, True])
+
+    def chosen(publish: Publish, keys: tuple[str, ...] = ()) -> list[int]:
+        return np.flatnonzero(Selection(publish, decision).choose(keys, scores, alarms)).tolist()
+
+    assert chosen(Publish()) == [0, 1, 2, 3, 4]
+    assert chosen(Publish(results="none")) == []
+    assert chosen(Publish(results="every", every=2)) == [0, 2, 4]
+    assert chosen(Publish(results="every", every=2), ("a", "b", "a", "b", "a")) == [0, 1, 4]
+    assert chosen(Publish(results="changes", tolerance=0.05)) == [0, 2, 4]
+    assert chosen(Publish(results="changes", tolerance=10)) == [0, 4], "an alarm is a change"
+    assert chosen(Publish(results="uncertain", margin=0.06)) == [2, 3]
+
+
+def test_a_policy_goes_on_across_batches() -> None:
+    every = Selection(Publish(results="every", every=3), None)
+    changes = Selection(Publish(results="changes"), None)
+    alarms = np.zeros(2, np.bool_)
+    outputs = {"y": np.array([1.0, 1.0])}
+    assert [every.choose((), outputs, alarms).tolist() for _ in range(3)] == [
+        [True, False],
+        [False, True],
+        [False, False],
+    ]
+    assert [changes.choose((), outputs, alarms).tolist() for _ in range(2)] == [[True, False], [False, False]]
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.data())
+def test_the_position_is_that_of_the_last_settled_sample(sizes: list[int], data: st.DataObject) -> None:
+    positions, added = Positions(), 0
+    for size in sizes:
+        positions.add(samples(np.zeros((size, 1)), first=added))
+        added += size
+    settled = 0
+    while settled < added:
+        before = settled
+        settled = data.draw(st.integers(settled, added))
+        assert positions.at(settled) == (("e", settled - 1) if settled > before else None)
+
+
+# --- topics ---------------------------------------------------------------------------------------
+
+
+def test_topics_match_as_mqtt_says() -> None:
+    for pattern, topic, expected in [
+        ("a/+/c", "a/b/c", True), ("a/+/c", "a/b/d", False), ("a/+", "a/b/c", False), ("a/#", "a", True),
+        ("a/#", "a/b/c", True), ("#", "a/b", True), ("#", "$SYS/x", False), ("+/x", "$SYS/x", False), ("a", "a", True),
+        ("+", "", True), ("a/b", "a", False),
+    ]:  # fmt: skip
+        assert matches(pattern, topic) is expected, (pattern, topic)
+
+
+def test_streams_share_a_topic_until_the_last_one_leaves() -> None:
+    wire: list[tuple[str, str]] = []
+    link = LocalLink(
+        lambda topic: wire.append(("subscribe", topic)),
+        lambda topic: wire.append(("unsubscribe", topic)),
+        lambda topic, payload: True,
+    )
+    one, other, got = StreamLink(link), StreamLink(link), []
+    one.subscribe("a/+", lambda topic, payload: got.append(("one", topic)))
+    other.subscribe("a/+", lambda topic, payload: got.append(("other", topic)))
+    link.dispatch(Message("a/b", b"", False, lambda: None))
+    link.dispatch(Message("c", b"", False, lambda: None))
+    one.unsubscribe("a/+")
+    link.dispatch(Message("a/c", b"", False, lambda: None))
+    assert got == [("one", "a/b"), ("other", "a/b"), ("other", "a/c")]
+    assert ("unsubscribe", "a/+") not in wire
+    other.unsubscribe("a/+")
+    assert wire[-1] == ("unsubscribe", "a/+")

@@ -1,0 +1,422 @@
+"""A whole stream: real decoder, real worker, real outbox; the sensor and the broker are the test."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from agent.runtime.engine import Engine
+from agent.slots import ActiveModel
+from agent.state import State
+from agent.streams.execute import WEBHOOK_QUEUE, Executor, confined
+from agent.streams.runner import StreamRunner
+from agent.streams.samples import Samples
+from agent.streams.sketches import LiveBaseline
+from edgeward.clock import SystemClock
+from edgeward.errors import InvalidDocument
+from edgeward.identifiers import DeviceName
+from edgeward.wire.desired import ModelRef, StreamTarget
+from edgeward.wire.package import Decision
+from edgeward.wire.rows import ROW_TYPES
+from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.streams import Action, Check, HttpSource, MqttSource, Publish, Source, StreamSpec, Window
+from edgeward.wire.topics import Lane
+
+ME = DeviceName("north", "turbine-1")
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "not reached"
+        time.sleep(0.005)
+    return found
+
+
+def model_bytes(scale: float = 1.0) -> bytes:
+    """`score = scale * table[i] + b` for rows `[i, b]`; an index outside 0 to 99 is refused."""
+    table = helper.make_tensor("table", TensorProto.FLOAT, [100], [float(index) for index in range(100)])
+    factor = helper.make_tensor("factor", TensorProto.FLOAT, [], [scale])
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [1])
+    zero, one, two = (
+        helper.make_tensor(name, TensorProto.INT64, [1], [n]) for n, name in enumerate(("zero", "one", "two"))
+    )
+    nodes = [
+        helper.make_node("Slice", ["x", "zero", "one", "axis"], ["left"]),
+        helper.make_node("Slice", ["x", "one", "two", "axis"], ["right"]),
+        helper.make_node("Cast", ["left"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["value"]),
+        helper.make_node("Mul", ["value", "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "right"], ["score"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, [None, 1])],
+        [table, factor, axis, zero, one, two],
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(made, full_check=True)
+    return bytes(made.SerializeToString())
+
+
+class Wire:
+    """The broker's side: what the stream subscribed to, and what it published."""
+
+    def __init__(self) -> None:
+        self.receive: Callable[[str, bytes], None] | None = None
+        self.published: list[tuple[str, Any]] = []
+
+    def subscribe(self, topic: str, receive: Callable[[str, bytes], None]) -> None:
+        self.receive = receive
+
+    def unsubscribe(self, topic: str) -> None:
+        pass
+
+    def publish(self, topic: str, payload: bytes) -> bool:
+        self.published.append((topic, json.loads(payload)))
+        return True
+
+    def on(self, topic: str) -> list[Any]:
+        return [message for name, message in self.published if name == topic]
+
+    def acked(self) -> tuple[str, int] | None:
+        acks = self.on("t/ack")
+        return (acks[-1]["epoch"], acks[-1]["seq"]) if acks else None
+
+
+class Rig:
+    """A device with one slot, and its durable state."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self.folder, self.engine = folder, engine
+        self.state = State(folder / "state.db")
+        self.wire = Wire()
+        self.model: ActiveModel | None = None
+        self.runner: StreamRunner | None = None
+
+    def activate(self, version: int = 1, scale: float = 1.0, policy: SlotPolicy | None = None) -> ActiveModel:
+        runner = self.engine.open("onnx", model_bytes(scale), f"m:{version}", policy, batchable=True)
+        manifest = SimpleNamespace(baseline={}, decision=Decision("score", 50.0))
+        package = SimpleNamespace(
+            ref=ModelRef("m", version, f"{version}" * 64),
+            manifest=manifest,
+            variant=SimpleNamespace(name="v"),
+        )
+        old, self.model = self.model, ActiveModel(package, runner, LiveBaseline({}))  # type: ignore[arg-type]
+        if old is not None:
+            old.runner.stop()
+        return self.model
+
+    def start(self, **spec: Any) -> StreamRunner:
+        spec.setdefault("source", Source(mqtt=MqttSource(topic="t", time="t", values="v", sequence=True)))
+        spec.setdefault("features", ["i", "b"])
+        spec.setdefault("window", Window(count=10, timeout=0.1))
+        target = StreamTarget("s", 3, StreamSpec(**spec))
+        self.runner = StreamRunner(
+            target,
+            ME,
+            self.state,
+            SystemClock(),
+            lambda slot: self.model,
+            self.wire,
+            lambda: None,
+            self.folder,
+        )
+        self.runner.start()
+        return self.runner
+
+    def send(self, rows: list[tuple[Any, Any]], first: int = 0, epoch: str = "e") -> None:
+        assert self.wire.receive is not None
+        message = [
+            {"epoch": epoch, "seq": first + n, "t": 1000.0 + first + n, "v": {"i": i, "b": b}}
+            for n, (i, b) in enumerate(rows)
+        ]
+        self.wire.receive("t", json.dumps(message).encode())
+
+    def rows(self, lane: Lane) -> list[Any]:
+        decode = msgspec.msgpack.Decoder(ROW_TYPES[lane]).decode
+        return [decode(row) for row in self.state.read_rows(lane, 0, 10**6)]
+
+    def stop(self) -> None:
+        if self.runner is not None:
+            self.runner.stop()
+            self.runner = None
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    engine = Engine()
+    engine.start()
+    made = Rig(tmp_path, engine)
+    yield made
+    made.stop()
+    engine.stop()
+    made.state.close()
+
+
+def test_every_sample_is_stored_once_and_visibly_predicted_or_not(rig: Rig) -> None:
+    rig.activate()
+    rig.start(quality={"b": Check(minimum=0)}, publish=Publish(samples="all"))
+    rig.send([(1, 0.5), (60, 0.25), (None, 1), (2, -1), (500, 0), (3, "x"), (4, 0.125)])
+    until(lambda: rig.wire.acked() == ("e", 6))
+    rig.send([(1, 0.5), (60, 0.25)])  # again: dropped
+    rig.send([(5, 0)], first=7)
+    until(lambda: rig.wire.acked() == ("e", 7))
+    results = rig.rows("result")
+    assert [row.source_seq for row in results] == list(range(8))
+    assert [row.outputs.get("score") for row in results] == [1.5, 60.25, None, None, None, None, 4.125, 5.0]
+    assert [row.provider for row in results].count("") == 4
+    assert all(row.revision == 3 and row.digest == "1" * 64 and row.stream == "s" for row in results)
+    assert results[1].event_time == 1001_000_000
+    (alarm,) = rig.rows("alarm")
+    assert (alarm.source_seq, alarm.value, alarm.threshold) == (1, 60.25, 50.0)
+    assert len(rig.rows("sample")) == 8
+    assert rig.runner is not None
+    report = rig.runner.report()
+    assert (report.rows, report.alarms) == (8, 1)
+    assert report.problems == {"missing:i": 1, "range:b": 1, "missing:b": 1}
+    assert report.other["refused"] == 1 and report.score_mean == pytest.approx((1.5 + 60.25 + 4.125 + 5) / 4)
+
+
+def test_a_restart_goes_on_where_the_disk_says(rig: Rig) -> None:
+    rig.activate()
+    rig.start()
+    rig.send([(1, 0)] * 25)
+    until(lambda: rig.wire.acked() == ("e", 24))
+    rig.stop()
+    assert rig.state.source("t") == ("e", 24)
+    rig.start()
+    rig.send([(1, 0)] * 30)  # the sensor repeats from its beginning
+    until(lambda: rig.wire.acked() == ("e", 29))
+    rig.send([(2, 0)], first=0, epoch="f")  # another life of the sensor
+    until(lambda: rig.wire.acked() == ("f", 0))
+    assert [row.source_seq for row in rig.rows("result")] == [*range(30), 0]
+
+
+def test_samples_wait_at_the_sensor_while_there_is_no_model(rig: Rig) -> None:
+    runner = rig.start()
+    assert not runner.take(
+        Samples(np.zeros(1, np.int64), np.zeros((1, 2)), epoch="e", seq=np.zeros(1, np.int64))
+    )
+    rig.send([(1, 0)])
+    assert rig.wire.acked() is None and rig.rows("result") == []
+    rig.activate()
+    until(lambda: rig.wire.acked() == ("e", 0))
+
+
+def test_a_replaced_model_loses_no_sample_and_no_lineage(rig: Rig) -> None:
+    rig.activate(1)
+    rig.start(window=Window(count=1))
+    stop = threading.Event()
+    sent = 0
+
+    def sensor() -> None:
+        nonlocal sent
+        while not stop.is_set():
+            rig.send([(2, 0)], first=sent)
+            sent += 1
+            until(lambda mark=sent: (rig.wire.acked() or ("", -1))[1] >= mark - 20)
+
+    thread = threading.Thread(target=sensor)
+    thread.start()
+    until(lambda: sent > 50)
+    rig.activate(2, scale=10.0)
+    until(lambda mark=sent: sent > mark + 50)
+    stop.set()
+    thread.join()
+    until(lambda: rig.wire.acked() == ("e", sent - 1))
+    rows = rig.rows("result")
+    assert [row.source_seq for row in rows] == list(range(sent))
+    assert {(row.digest[0], row.outputs["score"]) for row in rows} == {("1", 2.0), ("2", 20.0)}
+
+
+def test_a_worker_that_crashes_costs_no_sample(rig: Rig) -> None:
+    model = rig.activate()
+    rig.start(window=Window(count=5, timeout=0.05))
+    for number in range(60):
+        if number in (10, 30):
+            os.kill(until(lambda: model.runner.pid), signal.SIGSEGV)  # type: ignore[attr-defined]
+        rig.send([(1, 0)] * 5, first=5 * number)
+    until(lambda: rig.wire.acked() == ("e", 299))
+    assert [row.outputs["score"] for row in rig.rows("result")] == [1.0] * 300
+
+
+def test_a_stream_that_does_not_fit_the_model_takes_nothing_and_says_why(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(features=["i", "b", "c"])
+    until(lambda: "expects [-1, 2], the stream gives one tensor [n, 3]" in runner.report().reason)
+    assert not runner.take(
+        Samples(np.zeros(1, np.int64), np.zeros((1, 3)), epoch="e", seq=np.zeros(1, np.int64))
+    )
+    assert rig.rows("result") == []
+
+
+def test_conditions_debounce_and_act_on_inputs_and_outputs(rig: Rig) -> None:
+    rig.activate()
+    hot = Action(name="hot", when="score > 10 && b >= 0.5", windows=2, publish="alarms/{device}")
+    log = Action(name="log", when="alarm", file="alarms.jsonl", once=True)
+    rig.start(window=Window(count=1), actions=[hot, log])
+    rig.send([(20, 0.5), (20, 0.0), (20, 0.5), (60, 0.75), (70, 0.0)])
+    until(lambda: rig.wire.acked() == ("e", 4))
+    (message,) = rig.wire.on("alarms/turbine-1")
+    assert (
+        message["action"] == "hot" and message["outputs"] == {"score": 60.75} and message["source_seq"] == 3
+    )
+    assert message["event_time"] == 1003.0 and message["device"] == "turbine-1"
+    (line,) = (rig.folder / "alarms.jsonl").read_text().splitlines()
+    assert json.loads(line)["value"] == 60.75
+    assert rig.runner is not None
+    report = rig.runner.report()
+    assert report.other == {"suppressed:once": 1}
+    assert report.actions["hot"]["run"] == 1 and report.actions["hot"]["p99"] > 0
+
+
+def test_windows_with_an_aggregate_infer_once_and_account_for_each_sample(rig: Rig) -> None:
+    rig.activate()
+    rig.start(window=Window(size=10, lateness=0, timeout=60, aggregate="mean"))
+    rig.send([(2, 0.0)] * 20)  # event times 1000 to 1019
+    rig.send([(9, 0.0)] * 11, first=20)  # and on to 1030, which closes [1020, 1030)
+    until(lambda: rig.wire.acked() == ("e", 29))
+    assert [row.outputs["score"] for row in rig.rows("result")] == [2.0] * 20 + [9.0] * 10
+
+
+def test_what_goes_up_follows_the_policy_and_trends_follow_the_event_time(rig: Rig) -> None:
+    rig.activate()
+    rig.start(publish=Publish(results="changes", tolerance=0.5, trend_bucket=10))
+    rig.send([(1, 0.0)] * 15 + [(4, 0.0)] * 5 + [(60, 0.0)])
+    until(lambda: rig.wire.acked() == ("e", 20))
+    assert [row.source_seq for row in rig.rows("result")] == [0, 15, 20]
+    trends = {(row.bucket // 10**6, row.series): row for row in rig.rows("trend")}
+    first = trends[(1000, "output:score")]
+    assert (first.count, first.mean, first.maximum) == (10, 1.0, 1.0) and first.sketch
+    assert trends[(1010, "feature:i")].mean == pytest.approx(2.5)
+
+
+def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(
+        source=Source(http=HttpSource(time="t", values="v")), window=Window(count=2, timeout=0.05)
+    )
+    push = runner.push
+    assert push is not None
+    body = json.dumps([{"t": 1.0, "v": {"i": 7, "b": 0}}, {"t": 2.0, "v": {"i": 8, "b": 0}}]).encode()
+    status, answer = push.handle({"content-type": "application/json"}, body)
+    assert status == 200 and json.loads(answer)["taken"] == 2
+    until(lambda: len(rig.rows("result")) == 2)
+    assert push.handle({}, b"rubbish")[0] == 400
+
+
+def test_a_full_disk_holds_the_stream_up_and_loses_nothing(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(window=Window(count=1))
+    rig.state._db.execute("PRAGMA max_page_count = 12")
+    for number in range(200):
+        rig.send([(1, 0.0)] * 20, first=20 * number)
+    until(lambda: runner.report().errors)
+    before = rig.wire.acked()
+    assert before is None or before[1] < 3999
+    rig.state._db.execute("PRAGMA max_page_count = 1000000")
+    until(lambda: rig.wire.acked() == ("e", 3999))
+    assert [row.source_seq for row in rig.rows("result")] == list(range(4000))
+
+
+# --- actions at their real ports ------------------------------------------------------------------
+
+
+class Hook(http.server.BaseHTTPRequestHandler):
+    bodies: list[dict[str, Any]] = []  # noqa: RUF012  # one per server class made below
+    answer = 200
+    gate = threading.Event()
+
+    def do_POST(self) -> None:
+        type(self).gate.wait(10)
+        type(self).bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(type(self).answer)
+        if type(self).answer == 302:
+            self.send_header("location", "http://127.0.0.1:1/elsewhere")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[type[Hook], str]]:
+    handler = type("OneHook", (Hook,), {"bodies": [], "gate": threading.Event()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield handler, f"http://127.0.0.1:{server.server_port}/hook"
+    handler.gate.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hanging_webhook_delays_no_other_action(hook: tuple[type[Hook], str], tmp_path: Path) -> None:
+    handler, url = hook
+    published: list[str] = []
+    slow = Action(name="slow", webhook=url)
+    quick = Action(name="quick", publish="t")
+    clock = SystemClock()
+    executor = Executor([slow, quick], lambda topic, body: not published.append(topic), tmp_path, clock)
+    for number in range(WEBHOOK_QUEUE + 20):
+        executor.run(slow, None, {"n": number}, clock.monotonic())
+        executor.run(quick, "t", {"n": number}, clock.monotonic())
+    assert len(published) == WEBHOOK_QUEUE + 20, "while the first call still hangs"
+    handler.gate.set()
+    until(lambda: len(handler.bodies) >= WEBHOOK_QUEUE)
+    executor.stop()
+    figures = executor.take()
+    assert figures["quick"]["run"] == WEBHOOK_QUEUE + 20
+    assert figures["slow"]["failed"] >= 19, "what the queue could not take"
+    assert handler.bodies[0] == {"n": 0}
+
+
+def test_webhooks_that_are_dead_refuse_or_redirect_count_as_failed(
+    hook: tuple[type[Hook], str], tmp_path: Path
+) -> None:
+    handler, url = hook
+    handler.gate.set()
+    clock = SystemClock()
+    dead, live = Action(name="dead", webhook="http://127.0.0.1:1/x"), Action(name="live", webhook=url)
+    executor = Executor([dead, live], lambda topic, body: True, tmp_path, clock)
+    executor.run(dead, None, {}, clock.monotonic())
+    for status in (500, 302, 200):
+        handler.answer = status
+        executor.run(live, None, {"status": status}, clock.monotonic())
+        until(lambda status=status: {"status": status} in handler.bodies)
+    executor.stop()
+    figures = executor.take()
+    assert figures["dead"]["failed"] == 1 and figures["live"]["failed"] == 2 and figures["live"]["run"] == 1
+
+
+@pytest.mark.parametrize("file", ["/etc/x", "../x", "a/../../x", ""])
+def test_a_file_action_stays_in_its_folder(file: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidDocument):
+        confined(tmp_path, file, "f")
+    link = tmp_path / "out"
+    link.symlink_to("/tmp")
+    with pytest.raises(InvalidDocument, match="leads out"):
+        confined(tmp_path, "out/x", "f")
+    target = tmp_path / "secret"
+    target.write_text("")
+    (tmp_path / "log").symlink_to(target)
+    executor = Executor([], lambda topic, body: True, tmp_path, SystemClock())
+    executor.run(Action(name="a", file="log"), None, {}, 0.0)
+    assert target.read_text() == "" and executor.take()["a"]["failed"] == 1
