@@ -228,11 +228,11 @@ def test_a_request_that_always_crashes_fails_alone_after_two_workers(engine: Eng
 
 
 def test_a_hang_costs_the_request_and_the_worker_only(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(deadline=0.5))
+    worker = opened(engine, spinner(), SlotPolicy(deadline=3.0))
     other = opened(engine, doubler())
     load = Load(other, 1, double_something)
     pid = worker.pid
-    with pytest.raises(DeadlineExceeded, match=r"0\.5 s"):
+    with pytest.raises(DeadlineExceeded, match="within 3 s"):
         worker.infer(spin(FOREVER))
     assert float(worker.infer(spin(3))["y"][0, 0]) == 3.0
     load.stop()

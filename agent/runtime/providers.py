@@ -1,0 +1,61 @@
+"""On what shall a model run here, and may it run on what it got? Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeward.wire.package import Runtime
+from edgeward.wire.slots import SlotPolicy
+
+#: Each runtime's names for the processor, and its accelerators, best first.
+CPU: dict[Runtime, str] = {"onnx": "CPUExecutionProvider", "tflite": "XNNPACK"}
+ACCELERATORS: dict[Runtime, tuple[str, ...]] = {
+    "onnx": (
+        "TensorrtExecutionProvider",
+        "CUDAExecutionProvider",
+        "MIGraphXExecutionProvider",
+        "ROCMExecutionProvider",
+        "OpenVINOExecutionProvider",
+        "QNNExecutionProvider",
+        "CoreMLExecutionProvider",
+    ),
+    "tflite": ("EdgeTPU", "GPU", "NNAPI"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`attempts` are to be tried in this order; `meant` is the accelerator the model should run on."""
+
+    attempts: tuple[str, ...]
+    meant: str = ""
+
+
+def plan(runtime: Runtime, available: Sequence[str], variant: Sequence[str], policy: SlotPolicy) -> Plan:
+    """What to try. Empty `attempts`: the device has nothing that may run this variant.
+
+    The policy's providers win over the package's; without either, the device's accelerators come before
+    its processor, best first. The processor is tried after an accelerator that somebody named only if
+    `cpu_fallback` allows it.
+    """
+    cpu = CPU[runtime]
+    named = [name for name in (policy.providers or variant) if name == cpu or name in ACCELERATORS[runtime]]
+    if policy.providers and variant:
+        named = [name for name in named if name in variant or name == cpu]
+    if not named:
+        found = [name for name in ACCELERATORS[runtime] if name in available]
+        # Nobody asked for an accelerator, so the processor is no fallback but the other choice.
+        return Plan((*found, cpu))
+    usable = [name for name in named if name in available or name == cpu]
+    first = next((name for name in named if name != cpu), "") if named[0] != cpu else ""
+    if first and cpu not in usable and policy.cpu_fallback:
+        usable.append(cpu)
+    return Plan(tuple(usable), first)
+
+
+def fallback(plan: Plan, used: str, cpu: str) -> str:
+    """Why what a model runs on is not what was meant; empty when it is."""
+    if not plan.meant or used != cpu:
+        return ""
+    return f"{plan.meant} was meant, the model runs on {used}"
