@@ -73,7 +73,7 @@ class Daemon:
         self._boot = self.state.next_boot()
         self._n = 0
         self._number = threading.Lock()
-        self._inventory = inventory.find()
+        self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
         self._reported_due = threading.Event()

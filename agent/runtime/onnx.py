@@ -120,47 +120,13 @@ def _open_on_accelerator(content: bytes, provider: str, load: LoadOptions) -> An
 #: Operators that compute shapes and indices; providers leave them to the CPU, where their inputs are.
 _BOOKKEEPING = frozenset(
     [
-        "Shape",
-        "Size",
-        "Gather",
-        "Unsqueeze",
-        "Squeeze",
-        "Concat",
-        "Slice",
-        "Cast",
-        "Constant",
-        "ConstantOfShape",
-        "Reshape",
-        "Range",
-        "Identity",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Mod",
-        "Equal",
-        "Greater",
-        "Less",
-        "Not",
-        "And",
-        "Or",
-        "Where",
-        "Expand",
-        "Flatten",
-        "Split",
-        "ScatterND",
-        "ReduceProd",
-        "Min",
-        "Max",
-        "Floor",
-        "Ceil",
-        "NonZero",
-        "Loop",
-        "If",
-        "MemcpyToHost",
+        "Shape", "Size", "Gather", "Unsqueeze", "Squeeze", "Concat", "Slice", "Cast", "Constant",
+        "ConstantOfShape", "Reshape", "Range", "Identity", "Add", "Sub", "Mul", "Div", "Mod", "Equal",
+        "Greater", "Less", "Not", "And", "Or", "Where", "Expand", "Flatten", "Split", "ScatterND",
+        "ReduceProd", "Min", "Max", "Floor", "Ceil", "NonZero", "Loop", "If", "MemcpyToHost",
         "MemcpyFromHost",
     ]
-)
+)  # fmt: skip
 
 
 def left_over(assigned: Iterable[Any], provider: str) -> str:

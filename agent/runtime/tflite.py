@@ -9,17 +9,11 @@ import numpy as np
 
 from agent.runtime.inputs import check_inputs
 from agent.runtime.port import Arrays, LoadOptions
+from agent.runtime.tflite_delegates import LIBRARIES
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 
 CPU = "XNNPACK"
-
-#: Delegate -> the shared library that has it.
-DELEGATES = {
-    "EdgeTPU": "libedgetpu.so.1",
-    "GPU": "libtensorflowlite_gpu_delegate.so",
-    "NNAPI": "libnnapi_delegate.so",
-}
 
 
 def _modules() -> tuple[Any, Any]:
@@ -84,9 +78,9 @@ def _open(content: bytes, provider: str, threads: int) -> Any:
     interpreter_class, load_delegate = _modules()
     delegates = []
     if provider != CPU:
-        library = DELEGATES.get(provider)
+        library = LIBRARIES.get(provider)
         if library is None:
-            raise RuntimeFault(f"no such delegate, expected one of {', '.join([*DELEGATES, CPU])}")
+            raise RuntimeFault(f"no such delegate, expected one of {', '.join([*LIBRARIES, CPU])}")
         try:
             ctypes.CDLL(library)  # LiteRT's own error for a missing library leaves a broken object behind
             delegates.append(load_delegate(library))

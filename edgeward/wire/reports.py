@@ -37,7 +37,11 @@ class Accelerator(Struct, frozen=True):
 
 
 class Inventory(Struct, frozen=True):
-    """What the device is: facts, found on the device itself."""
+    """What the device is: facts, found on the device itself.
+
+    `soc` and `drivers` are what a measurement on the device is valid for; `providers` are onnxruntime's,
+    `delegates` LiteRT's.
+    """
 
     architecture: str = ""
     cpus: int = 0
@@ -46,6 +50,9 @@ class Inventory(Struct, frozen=True):
     providers: list[str] = []
     accelerators: list[Accelerator] = []
     node: dict[str, str] = {}
+    soc: str = ""
+    drivers: dict[str, str] = {}
+    delegates: list[str] = []
 
 
 class Status(Struct, frozen=True):
