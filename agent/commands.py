@@ -84,12 +84,15 @@ def run(
     logging.getLogger("tuf").setLevel(logging.WARNING)
     if not folder.is_dir():
         raise NotFound(f"{folder} is not enrolled", hint="run `edgeward agent enroll` first")
+    from agent.runtime.memory import share_one_heap
+
     try:
         from agent.daemon import Daemon
     except ImportError as error:
         raise MissingDependency(
             f"{error.name} is not installed", hint="pip install 'edgeward[agent]'"
         ) from None
+    share_one_heap()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -18,7 +18,8 @@ from agent.desired import check
 from agent.fetch import BlobStore
 from agent.identity import Identity
 from agent.runtime.engine import Engine
-from agent.runtime.port import installed
+from agent.runtime.installed import installed
+from agent.runtime.memory import give_back_memory
 from agent.serving.server import Server
 from agent.serving.settings import Settings
 from agent.slot_catalog import SlotCatalog
@@ -134,6 +135,7 @@ class Daemon:
         self.uplink.start()
         self.link.start()
         threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()
+        give_back_memory()
         last_report = last_poll = self._clock.monotonic()
         try:
             while not stop.is_set():

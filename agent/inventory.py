@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from agent.runtime.port import installed
+from agent.runtime.installed import installed
 from agent.runtime.tflite_delegates import found as tflite_delegates
 from edgeward.storage import write_atomic
 from edgeward.wire.reports import Accelerator, Inventory

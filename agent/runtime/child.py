@@ -18,6 +18,7 @@ import time
 import msgspec
 
 from agent.runtime.channel import Channel, Frame, Kind
+from agent.runtime.memory import give_back_memory, share_one_heap
 from agent.runtime.port import LoadOptions, Model, Tensor, load
 from agent.runtime.tensors import to_arrays, to_tensors
 from edgeward.errors import EdgewardError, RuntimeFault
@@ -104,6 +105,7 @@ def main(socket_number: int, content_number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker that hangs in native code must not outlive an agent that was killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    share_one_heap()
     channel = Channel(socket.socket(fileno=socket_number))
     (first,) = channel.receive()
     wish = msgspec.msgpack.decode(first.payload, type=Load)
@@ -118,6 +120,7 @@ def main(socket_number: int, content_number: int) -> None:
         channel.send(Kind.FAULT, 0, str(error).encode())
         return
     del content
+    give_back_memory()
     model = models[0]
     channel.send(Kind.LOADED, 0, msgspec.msgpack.encode(Loaded(model.provider, model.inputs, model.outputs)))
     _serve(channel, models)

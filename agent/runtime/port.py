@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,27 +100,6 @@ class Runner(Protocol):
         ...
 
     def stop(self) -> None: ...
-
-
-#: Runtime -> the packages that can run it, best first.
-_PACKAGES: dict[Runtime, tuple[tuple[str, str], ...]] = {
-    "onnx": (("onnxruntime", "onnxruntime"),),
-    "tflite": (("ai_edge_litert", "ai-edge-litert"), ("tflite_runtime", "tflite-runtime")),
-}
-
-
-def installed() -> dict[str, str]:
-    """Runtime -> `package version` of what would run it here."""
-    found: dict[str, str] = {}
-    for runtime, packages in _PACKAGES.items():
-        for module, distribution in packages:
-            if runtime not in found and importlib.util.find_spec(module) is not None:
-                try:
-                    version = importlib.metadata.version(distribution)
-                except importlib.metadata.PackageNotFoundError:
-                    version = "unknown"
-                found[runtime] = f"{distribution} {version}"
-    return found
 
 
 def load(runtime: Runtime, content: bytes, options: LoadOptions | None = None) -> Model:
