@@ -13,6 +13,8 @@ from edgeward.wire.spec import Positive, Seconds, SpecStruct, TopicText
 PayloadFormat = Literal["json", "csv", "msgpack", "sparkplug"]
 TimeUnit = Literal["s", "ms", "us", "ns", "iso8601"]
 
+MAX_OVERLAP = 1000
+
 # --- sources ----------------------------------------------------------------------------------------
 
 
@@ -263,6 +265,10 @@ def check_stream(spec: StreamSpec) -> None:
     if window.slide is not None:
         if window.slide > length:
             raise InvalidDocument("longer than the window would skip samples", field="spec.window.slide")
+        if length / window.slide > MAX_OVERLAP and window.size is not None:
+            raise InvalidDocument(
+                f"more than {MAX_OVERLAP} windows would overlap at any time", field="spec.window.slide"
+            )
         if window.size is None and window.slide != int(window.slide):
             raise InvalidDocument("expected a whole number of samples", field="spec.window.slide")
         if window.aggregate == "none" and window.slide < length:
