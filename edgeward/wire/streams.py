@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument
 from edgeward.identifiers import check_name
 from edgeward.wire.spec import Positive, Seconds, SpecStruct, TopicText
@@ -192,7 +193,8 @@ class Window(SpecStruct, frozen=True):
 class Action(SpecStruct, frozen=True):
     """What to do at once, without any network beyond the site. Exactly one of `publish`, `webhook`, `file`.
 
-    `when` is a condition over the model's outputs and the inputs (`score > 0.8 && temperature > 60`);
+    `when` is a condition (edgeward.conditions) over the model's outputs and the inputs
+    (`score > 0.8 && temperature > 60`);
     `alarm` is the verdict of the package's own decision. It must hold for `windows` windows in a row
     per key; after it ran, it does not run again for `hold` seconds nor, with `once`, before the
     condition was false. `rate` bounds runs per minute; what it suppresses is counted.
@@ -279,6 +281,7 @@ def check_stream(spec: StreamSpec) -> None:
     for index, action in enumerate(spec.actions):
         field = f"spec.actions[{index}]"
         check_name(action.name, f"{field}.name")
+        compile_condition(action.when, field=f"{field}.when")
         if sum(target is not None for target in (action.publish, action.webhook, action.file)) != 1:
             raise InvalidDocument("expected exactly one of publish, webhook and file", field=field)
     names = [action.name for action in spec.actions]
