@@ -60,6 +60,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("count", pa.int64()), ("missing", pa.int64()), ("mean", pa.float64()), ("m2", pa.float64()),
             ("minimum", pa.float64()), ("maximum", pa.float64()),
             ("edges", pa.list_(pa.float64())), ("histogram", pa.list_(pa.int64())),
+            ("sketch", pa.binary()),
         ]
     ),
     "gaps": pa.schema(
@@ -168,6 +169,7 @@ class Tables:
             str(self.uri(table)),
             rows,
             mode="append",
+            schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=_PARTITIONS[table] or None,
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
         )
