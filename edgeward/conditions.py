@@ -1,22 +1,22 @@
-"""Conditions of actions: a subset of the Common Expression Language, evaluated over whole windows.
+"""Conditions over a window's columns: a subset of CEL, evaluated for all rows at once.
 
-    expression := or ;  or := and ("||" and)* ;  and := relation ("&&" relation)*
-    relation   := sum (("==" | "!=" | "<" | "<=" | ">" | ">=") sum | "in" "[" or ("," or)* "]")?
-    sum        := product (("+" | "-") product)* ;  product := unary (("*" | "/" | "%") unary)*
-    unary      := ("!" | "-") unary | primary
-    primary    := number | "true" | "false" | "(" or ")" | name ("[" integer "]")? | function "(" or ("," or)* ")"
-    function   := "abs" | "min" | "max"
+`||`, `&&`, `!`, `==`, `!=`, `<`, `<=`, `>`, `>=`, `x in [1, 2]`, `+`, `-`, `*`, `/`, `%`, unary `-`,
+parentheses, `abs(x)`, `min(x, ...)`, `max(x, ...)`, numbers, `true`, `false`, and names: a column, or
+`name[i]` for column i of an output (the column called "name[i]"). A name that is not a word stands
+between backquotes, as in CEL. Precedence is CEL's; comparisons do
+not chain. All numbers are doubles: `/` never truncates and `%` takes the sign of its left side.
 
-Names stand for columns of numbers. As in CEL a comparison with NaN is false (`!=` is true); a division
-by zero gives NaN or infinity rather than an error, so that one row does not stop the others.
+What is not a number compares false, with `!=` and `in` too, and division by zero gives not-a-number, so
+a missing reading never fires an action; only `!` makes true of such a comparison. Types are checked when
+the text is compiled: `&&`, `||` and `!` take conditions, arithmetic takes numbers. A column used as a
+condition (`alarm`) is true where it is neither zero nor not-a-number.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeward.errors import InvalidDocument
 
@@ -25,248 +25,297 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_LENGTH = 1000
-MAX_DEPTH = 50
+MAX_TOKENS = 300
+MAX_DEPTH = 40
 
 Columns = Mapping[str, Any]
-Evaluate = Callable[[Columns], Any]
+_Evaluate = Callable[[Columns], Any]
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_][A-Za-z0-9_.:]*)"
-    r"|(?P<sign>\|\||&&|==|!=|<=|>=|[-+*/%<>!()\[\],]))"
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)(?![\w.])"
+    r"|(?P<name>[A-Za-z_]\w*)|`(?P<quoted>[^`]+)`|(?P<sign>\|\||&&|==|!=|<=|>=|[<>!+\-*/%()\[\],]))",
+    re.ASCII,
 )
-_FUNCTIONS = {"abs": (1, 1), "min": (2, 16), "max": (2, 16)}
+_FUNCTIONS = ("abs", "min", "max")
+_COMPARISONS = ("==", "!=", "<", "<=", ">", ">=", "in")
+_POWER = {"||": 1, "&&": 2, **dict.fromkeys(_COMPARISONS, 3), "+": 4, "-": 4, "*": 5, "/": 5, "%": 5}
+_UNARY = 6
 
 
-@dataclass(frozen=True)
-class Condition:
-    """`names` are the columns it needs; `name[i]` is column `i` of an output."""
-
+class _Token(NamedTuple):
+    kind: str  # number, name, quoted (a name), sign or end
     text: str
-    names: frozenset[str]
-    _evaluate: Evaluate
+    at: int
+
+
+class _Term(NamedTuple):
+    """A part of the condition: `kind` is what it gives, `number` or `truth`, or `name`, which is either."""
+
+    kind: str
+    evaluate: _Evaluate
+
+
+class Condition:
+    """A compiled condition. `names` are the columns that it reads."""
+
+    def __init__(self, text: str, names: frozenset[str], evaluate: _Evaluate) -> None:
+        self.text = text
+        self.names = names
+        self._evaluate = evaluate
 
     def evaluate(self, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Truth per row. `columns` holds arrays `[n]` or numbers for all `names`; the result is `[n]`,
-        or of no dimension when no array is named."""
+        """For each row whether the condition holds, bool `[n]`.
+
+        `columns` gives `names` as numbers or truths, each an array `[n]` or one value for all rows; further
+        ones are not looked at, except that they say what n is where the condition reads no array (without
+        any array, n is 1). Raises InvalidDocument when a name is not among them.
+        """
         import numpy as np
 
+        lacking = sorted(self.names - columns.keys())
+        if lacking:
+            raise InvalidDocument(
+                f"{lacking[0]!r} in {self.text!r} is neither an output nor a feature",
+                hint=f"there are {', '.join(sorted(columns)) or 'none'}",
+            )
         with np.errstate(all="ignore"):
-            return np.asarray(_truth(self._evaluate(columns)), dtype=np.bool_)
+            result = np.asarray(self._evaluate(columns), np.bool_)
+        if result.ndim == 0:
+            count = next((len(column) for column in columns.values() if np.ndim(column)), 1)
+            result = np.full(count, result)
+        return result
 
 
-def compile_condition(text: str) -> Condition:
-    """Raises InvalidDocument saying what is wrong, and where."""
-    if len(text) > MAX_LENGTH:
-        raise InvalidDocument(f"a condition of {len(text)} characters, at most {MAX_LENGTH}")
-    parser = _Parser(text)
-    evaluate = parser.whole()
-    return Condition(text, frozenset(parser.names), evaluate)
-
-
-def _truth(value: Any) -> Any:
-    """CEL has no truth of numbers; here a bare number is true when it is not zero, NaN is false."""
-    import numpy as np
-
-    array = np.asarray(value)
-    return array if array.dtype == np.bool_ else (array != 0) & ~np.isnan(array)
+def compile_condition(text: str, *, field: str = "") -> Condition:
+    """Raises InvalidDocument that names `field` and says where the text goes wrong."""
+    return _Parser(text, field).condition()
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    """Top-down operator precedence (Pratt 1973)."""
+
+    def __init__(self, text: str, field: str) -> None:
         self._text = text
-        self._tokens = self._split(text)
-        self._at = 0
+        self._field = field
+        self._names: set[str] = set()
         self._depth = 0
-        self.names: set[str] = set()
+        if len(text) > MAX_LENGTH:
+            raise InvalidDocument(f"longer than {MAX_LENGTH} characters", field=field)
+        self._tokens = self._split()
+        self._place = 0
 
-    def _split(self, text: str) -> list[tuple[str, str, int]]:
-        tokens, at = [], 0
-        end = len(text.rstrip())
+    def condition(self) -> Condition:
+        term = self._truth(self._expression(0), self._tokens[0])
+        if self._next.kind != "end":
+            raise self._wrong(self._next, "expected an operator or the end")
+        return Condition(self._text, frozenset(self._names), term)
+
+    def _split(self) -> list[_Token]:
+        tokens: list[_Token] = []
+        at, end = 0, len(self._text.rstrip())
         while at < end:
-            match = _TOKEN.match(text, at)
-            if match is None:
-                start = at + len(text[at:]) - len(text[at:].lstrip())
-                raise InvalidDocument(
-                    f"{text[start : start + 10]!r} at character {start + 1} is no part of a condition",
-                    hint="e.g. score > 0.8 && temperature > 60",
-                )
-            kind = match.lastgroup or ""
-            tokens.append((kind, match[kind], match.start(kind) + 1))
-            at = match.end()
-        return [*tokens, ("end", "", len(text) + 1)]
+            found = _TOKEN.match(self._text, at)
+            if found is None:
+                begin = at + len(self._text[at:]) - len(self._text[at:].lstrip())
+                raise self._wrong(_Token("sign", self._text[begin], begin), "unknown sign")
+            kind = found.lastgroup or ""
+            tokens.append(_Token(kind, found[kind], found.start(kind)))
+            at = found.end()
+            # Each operator may be one more call deep when the condition is evaluated.
+            if len(tokens) > MAX_TOKENS:
+                raise InvalidDocument(f"more than {MAX_TOKENS} names, numbers and signs", field=self._field)
+        return [*tokens, _Token("end", "the end", end)]
 
-    def whole(self) -> Evaluate:
-        evaluate = self._or()
-        kind, text, where = self._tokens[self._at]
-        if kind != "end":
-            raise InvalidDocument(f"did not expect {text!r} at character {where}")
-        return evaluate
+    def _wrong(self, token: _Token, problem: str) -> InvalidDocument:
+        return InvalidDocument(
+            f"{problem} at {token.text!r}, character {token.at + 1} of the condition",
+            field=self._field,
+            hint="e.g. score > 0.8 && temperature > 60",
+        )
 
-    def _next(self, *signs: str) -> str:
-        """The next token's sign, taken, when it is one of these; else empty."""
-        kind, text, _ = self._tokens[self._at]
-        if kind != "end" and text in signs:
-            self._at += 1
-            return text
-        return ""
+    @property
+    def _next(self) -> _Token:
+        return self._tokens[self._place]
 
-    def _need(self, sign: str) -> None:
-        _, text, where = self._tokens[self._at]
-        if not self._next(sign):
-            raise InvalidDocument(f"expected {sign!r} at character {where}, got {text or 'the end'!r}")
+    def _take(self) -> _Token:
+        token = self._next
+        self._place += token.kind != "end"
+        return token
 
-    def _or(self) -> Evaluate:
+    def _expect(self, text: str) -> None:
+        token = self._take()
+        if token.text != text or token.kind != "sign":
+            raise self._wrong(token, f"expected {text!r}")
+
+    def _expression(self, power: int) -> _Term:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise InvalidDocument(f"nested deeper than {MAX_DEPTH}")
-        left = self._and()
-        while self._next("||"):
-            left = _both(left, self._and(), lambda one, other: _truth(one) | _truth(other))
+            raise self._wrong(self._next, f"nested deeper than {MAX_DEPTH}")
+        left = self._first()
+        while (own := self._power_of(self._next)) > power:
+            token = self._take()
+            left = self._is_in(left, token) if token.kind == "name" else self._binary(left, token, own)
+            if own == _POWER["in"] == self._power_of(self._next):
+                raise self._wrong(self._next, "comparisons do not chain; join them with &&")
         self._depth -= 1
         return left
 
-    def _and(self) -> Evaluate:
-        left = self._relation()
-        while self._next("&&"):
-            left = _both(left, self._relation(), lambda one, other: _truth(one) & _truth(other))
-        return left
+    def _power_of(self, token: _Token) -> int:
+        word = token.kind == "name" and token.text == "in"
+        return _POWER.get(token.text, 0) if token.kind == "sign" or word else 0
 
-    def _relation(self) -> Evaluate:
-        left = self._sum()
-        sign = self._next("==", "!=", "<", "<=", ">", ">=", "in")
-        if sign == "in":
-            self._need("[")
-            options = self._list("]")
-            return lambda columns: _one_of(left(columns), [option(columns) for option in options])
-        return _both(left, self._sum(), _COMPARE[sign]) if sign else left
+    def _first(self) -> _Term:
+        token = self._take()
+        if token.kind == "number":
+            value = float(token.text)
+            return _Term("number", lambda columns: value)
+        if token.text == "(":
+            inner = self._expression(0)
+            self._expect(")")
+            return inner
+        if token.text == "!":
+            truth = self._truth(self._expression(_UNARY), token)
+            return _Term("truth", lambda columns: _numpy().logical_not(truth(columns)))
+        if token.text == "-":
+            number = self._number(self._expression(_UNARY), token)
+            return _Term("number", lambda columns: -number(columns))
+        if token.kind == "name":
+            return self._word(token)
+        if token.kind == "quoted":
+            return self._column(token)
+        raise self._wrong(token, "expected a value")
 
-    def _sum(self) -> Evaluate:
-        left = self._product()
-        while sign := self._next("+", "-"):
-            left = _both(left, self._product(), _ARITHMETIC[sign])
-        return left
+    def _word(self, token: _Token) -> _Term:
+        name = token.text
+        if name in ("true", "false"):
+            return _Term("truth", lambda columns: name == "true")
+        if name in _FUNCTIONS:
+            return self._call(token)
+        if name == "in":
+            raise self._wrong(token, "expected a value")
+        if self._next.text == "(":
+            raise self._wrong(token, f"unknown function; there are {', '.join(_FUNCTIONS)}")
+        return self._column(token)
 
-    def _product(self) -> Evaluate:
-        left = self._unary()
-        while sign := self._next("*", "/", "%"):
-            left = _both(left, self._unary(), _ARITHMETIC[sign])
-        return left
+    def _column(self, token: _Token) -> _Term:
+        name = token.text
+        if self._next.text == "[" and self._next.kind == "sign":
+            self._take()
+            index = self._take()
+            if index.kind != "number" or not index.text.isdigit():
+                raise self._wrong(index, "expected the number of a column")
+            self._expect("]")
+            name = f"{name}[{int(index.text)}]"
+        self._names.add(name)
+        return _Term("name", lambda columns: columns[name])
 
-    def _unary(self) -> Evaluate:
-        signs = []
-        while sign := self._next("!", "-"):
-            signs.append(sign)
-        value = self._primary()
-        for sign in reversed(signs):
-            value = _negate(value) if sign == "-" else _invert(value)
-        return value
+    def _call(self, token: _Token) -> _Term:
+        self._expect("(")
+        values = self._values(token, ")")
+        if token.text == "abs":
+            if len(values) != 1:
+                raise self._wrong(token, "expected one value for abs()")
+            return _Term("number", lambda columns: abs(values[0](columns)))
+        # Not fmin and fmax: the extreme of an unknown number is unknown.
+        reduce = "minimum" if token.text == "min" else "maximum"
 
-    def _list(self, end: str) -> list[Evaluate]:
-        items = [self._or()]
-        while self._next(","):
-            items.append(self._or())
-        self._need(end)
-        return items
+        def extreme(columns: Columns) -> Any:
+            result = values[0](columns)
+            for value in values[1:]:
+                result = getattr(_numpy(), reduce)(result, value(columns))
+            return result
 
-    def _primary(self) -> Evaluate:
-        kind, text, where = self._tokens[self._at]
-        self._at += 1
-        if kind == "number":
-            number = float(text)
-            return lambda columns: number
-        if text == "(":
-            inside = self._or()
-            self._need(")")
-            return inside
-        if kind == "name" and text in ("true", "false"):
-            truth = text == "true"
-            return lambda columns: truth
-        if kind == "name" and text in _FUNCTIONS and self._next("("):
-            return self._call(text, where)
-        if kind == "name":
-            name = text
-            if self._next("["):
-                index_kind, index, at = self._tokens[self._at]
-                if index_kind != "number" or not index.isdigit():
-                    raise InvalidDocument(f"expected a column number at character {at}, got {index!r}")
-                self._at += 1
-                self._need("]")
-                name = f"{text}[{int(index)}]"
-            self.names.add(name)
-            return lambda columns: columns[name]
-        raise InvalidDocument(f"did not expect {text or 'the end'!r} at character {where}")
+        return _Term("number", extreme)
 
-    def _call(self, function: str, where: int) -> Evaluate:
-        arguments = self._list(")")
-        low, high = _FUNCTIONS[function]
-        if not low <= len(arguments) <= high:
-            raise InvalidDocument(
-                f"{function} at character {where} takes {low if low == high else f'{low} to {high}'} values, "
-                f"got {len(arguments)}"
+    def _values(self, token: _Token, close: str) -> list[_Evaluate]:
+        """Numbers between commas up to the closing sign, at least one."""
+        values = [self._number(self._expression(0), token)]
+        while self._next.text == ",":
+            self._take()
+            values.append(self._number(self._expression(0), token))
+        self._expect(close)
+        return values
+
+    def _is_in(self, left: _Term, token: _Token) -> _Term:
+        value = self._number(left, token)
+        self._expect("[")
+        items = self._values(token, "]")
+
+        def contains(columns: Columns) -> Any:
+            result: Any = False
+            for item in items:
+                result = result | (value(columns) == item(columns))
+            return result
+
+        return _Term("truth", contains)
+
+    def _binary(self, left: _Term, token: _Token, power: int) -> _Term:
+        right = self._expression(power)
+        if token.text in ("||", "&&"):
+            one, other = self._truth(left, token), self._truth(right, token)
+            both = token.text == "&&"
+            return _Term(
+                "truth",
+                (lambda columns: one(columns) & other(columns))
+                if both
+                else (lambda columns: one(columns) | other(columns)),
             )
-        return lambda columns: _FUNCTION[function]([argument(columns) for argument in arguments])
+        if token.text in ("==", "!=") and "truth" in (left.kind, right.kind):
+            one, other = self._truth(left, token), self._truth(right, token)
+            same = token.text == "=="
+            return _Term("truth", lambda columns: (one(columns) == other(columns)) == same)
+        one, other = self._number(left, token), self._number(right, token)
+        apply = _BINARY[token.text]
+        kind = "truth" if token.text in _COMPARISONS else "number"
+        return _Term(kind, lambda columns: apply(one(columns), other(columns)))
+
+    def _number(self, term: _Term, token: _Token) -> _Evaluate:
+        if term.kind == "truth":
+            raise self._wrong(token, "expected a number, not a condition")
+        if term.kind == "number":
+            return term.evaluate
+        return lambda columns: _numpy().asarray(term.evaluate(columns), float)
+
+    def _truth(self, term: _Term, token: _Token) -> _Evaluate:
+        if term.kind == "number":
+            raise self._wrong(token, "expected a condition, not a number")
+        if term.kind == "truth":
+            return term.evaluate
+
+        def holds(columns: Columns) -> Any:
+            value = _numpy().asarray(term.evaluate(columns))
+            return (value != 0) & (value == value)  # false for not-a-number
+
+        return holds
 
 
-def _both(left: Evaluate, right: Evaluate, join: Callable[[Any, Any], Any]) -> Evaluate:
-    return lambda columns: join(left(columns), right(columns))
-
-
-def _negate(value: Evaluate) -> Evaluate:
-    return lambda columns: -_number(value(columns))
-
-
-def _invert(value: Evaluate) -> Evaluate:
-    return lambda columns: ~_truth(value(columns))
-
-
-def _number(value: Any) -> Any:
+def _numpy() -> Any:
+    # The base install, which checks documents only, has no numpy.
     import numpy as np
 
-    return np.asarray(value, dtype=np.float64)
+    return np
 
 
-def _one_of(value: Any, options: list[Any]) -> Any:
-    import numpy as np
-
-    found = _number(value) == _number(options[0])
-    for option in options[1:]:
-        found = np.logical_or(found, _number(value) == _number(option))
-    return found
-
-
-def _extreme(values: list[Any], *, largest: bool) -> Any:
-    import numpy as np
-
-    result = _number(values[0])
-    for value in values[1:]:
-        result = np.maximum(result, _number(value)) if largest else np.minimum(result, _number(value))
-    return result
-
-
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": lambda one, other: _number(one) == _number(other),
-    "!=": lambda one, other: _number(one) != _number(other),
-    "<": lambda one, other: _number(one) < _number(other),
-    "<=": lambda one, other: _number(one) <= _number(other),
-    ">": lambda one, other: _number(one) > _number(other),
-    ">=": lambda one, other: _number(one) >= _number(other),
-}
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "+": lambda one, other: _number(one) + _number(other),
-    "-": lambda one, other: _number(one) - _number(other),
-    "*": lambda one, other: _number(one) * _number(other),
-    "/": lambda one, other: _number(one) / _number(other),
-    "%": lambda one, other: _remainder(_number(one), _number(other)),
-}
-_FUNCTION: dict[str, Callable[[list[Any]], Any]] = {
-    "abs": lambda values: abs(_number(values[0])),
-    "min": lambda values: _extreme(values, largest=False),
-    "max": lambda values: _extreme(values, largest=True),
-}
+def _divide(one: Any, other: Any) -> Any:
+    np = _numpy()
+    return np.where(np.asarray(other) == 0, np.nan, np.true_divide(one, other))
 
 
 def _remainder(one: Any, other: Any) -> Any:
-    """With the sign of the dividend, as CEL and C have it."""
-    import numpy as np
+    return _numpy().fmod(one, other)
 
-    return np.fmod(one, other)
+
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda one, other: one + other,
+    "-": lambda one, other: one - other,
+    "*": lambda one, other: one * other,
+    "/": _divide,
+    "%": _remainder,
+    "==": lambda one, other: one == other,
+    # Both sides must be numbers for a difference to be known.
+    "!=": lambda one, other: (one < other) | (one > other),
+    "<": lambda one, other: one < other,
+    "<=": lambda one, other: one <= other,
+    ">": lambda one, other: one > other,
+    ">=": lambda one, other: one >= other,
+}

@@ -59,7 +59,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_ORIGIN, ("bucket", _TIME), ("width", pa.int64()), *_LINEAGE, *_MODEL, ("series", pa.string()),
             ("count", pa.int64()), ("missing", pa.int64()), ("mean", pa.float64()), ("m2", pa.float64()),
             ("minimum", pa.float64()), ("maximum", pa.float64()),
-            ("edges", pa.list_(pa.float64())), ("histogram", pa.list_(pa.int64())), ("sketch", pa.binary()),
+            ("edges", pa.list_(pa.float64())), ("histogram", pa.list_(pa.int64())),
+            ("sketch", pa.binary()),
         ]
     ),
     "gaps": pa.schema(
@@ -168,6 +169,7 @@ class Tables:
             str(self.uri(table)),
             rows,
             mode="append",
+            schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=_PARTITIONS[table] or None,
             schema_mode="merge",  # tables of an older version get the new columns
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),

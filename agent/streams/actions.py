@@ -1,83 +1,80 @@
-"""When an action runs: debounce, hold, once, rate. Pure.
-
-A verdict on each evaluation of the condition, per key, by the first line that fits:
-
-| condition | state of the key                          | verdict    |
-|-----------|-------------------------------------------|------------|
-| false     | any                                       | idle       | the run of windows ends, `once` is free again
-| true      | fewer than `windows` in a row, this one included | counting |
-| true      | `once`, and it ran since the condition was last false | once |
-| true      | it ran less than `hold` seconds ago       | held       |
-| true      | `rate` runs in the last minute are used up (all keys together) | rate |
-| true      | else                                      | run        |
-"""
+"""Whether an action runs now: the rules of the resource, without doing anything."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from agent.streams.keys import Recent
 from edgeward.wire.streams import Action
 
-Verdict = Literal["idle", "counting", "once", "held", "rate", "run"]
-
-#: Keys whose state is kept; beyond, the one that changed longest ago is forgotten.
-MAX_KEYS = 10_000
+Verdict = Literal["run", "idle", "counting", "held", "once", "rate"]
 
 
-@dataclass
-class _Key:
-    in_row: int = 0
+@dataclass(slots=True)
+class _State:
+    """Of one key: windows in a row for which the condition held, the last run, whether it ran since false."""
+
+    length: int = 0
+    last_run: float | None = None
     ran: bool = False
-    last: float | None = None
 
 
 class Gate:
-    """One action's. `rate` is a token bucket that holds a minute's runs."""
+    """The rules of one action. `now` is monotonic seconds. The first line that fits decides:
+
+    | condition | and                                                   | verdict  | effect                |
+    |-----------|-------------------------------------------------------|----------|-----------------------|
+    | false     |                                                       | idle     | counting begins anew, |
+    |           |                                                       |          | `once` is armed       |
+    | true      | fewer than `windows` in a row for this key            | counting | one more counted      |
+    | true      | less than `hold` seconds since this key's last run    | held     |                       |
+    | true      | `once`, and this key ran since it was last false      | once     |                       |
+    | true      | the action, over all keys, has no run left            | rate     |                       |
+    | true      |                                                       | run      | one run is taken      |
+
+    `rate` fills up evenly to `rate` runs (at least one) per minute and begins full. Of at most MAX_KEYS
+    keys the state is remembered, the one unseen longest is forgotten and counts from the beginning.
+    """
 
     def __init__(self, action: Action) -> None:
         self._action = action
-        self._keys: dict[str, _Key] = {}
-        self._tokens = max(action.rate or 0.0, 1.0)
+        self._states: Recent[_State] = Recent()
+        self._left = self._most = max(1.0, action.rate or 1.0)
         self._filled: float | None = None
 
-    @property
-    def idle(self) -> bool:
-        """Whether a false condition would change nothing for any key."""
-        return not any(key.in_row or key.ran for key in self._keys.values())
-
     def decide(self, key: str, holds: bool, now: float) -> Verdict:
-        """`now` is monotonic seconds."""
+        """The verdict on the next window of `key`; `holds` is the value of its condition."""
         action = self._action
-        state = self._keys.pop(key, None) or _Key()
+        state = self._states.get(key)
         if not holds:
-            state.in_row, state.ran = 0, False
-            if state.last is not None and now - state.last < action.hold:
-                self._keys[key] = state
+            if state is not None:
+                state.length, state.ran = 0, False
+                if state.last_run is None or now - state.last_run >= action.hold:
+                    del self._states[key]
             return "idle"
-        if len(self._keys) >= MAX_KEYS:
-            del self._keys[next(iter(self._keys))]
-        self._keys[key] = state
-        state.in_row += 1
-        if state.in_row < action.windows:
+        if state is None:
+            state = _State()
+        self._states[key] = state
+        state.length = min(state.length + 1, action.windows)
+        if state.length < action.windows:
             return "counting"
+        if state.last_run is not None and now - state.last_run < action.hold:
+            return "held"
         if action.once and state.ran:
             return "once"
-        if state.last is not None and now - state.last < action.hold:
-            return "held"
-        if not self._spend(now):
+        if not self._take_run(now):
             return "rate"
-        state.ran, state.last = True, now
+        state.last_run, state.ran = now, True
         return "run"
 
-    def _spend(self, now: float) -> bool:
-        rate = self._action.rate
-        if rate is None:
+    def _take_run(self, now: float) -> bool:
+        if self._action.rate is None:
             return True
         if self._filled is not None:
-            self._tokens = min(max(rate, 1.0), self._tokens + (now - self._filled) * rate / 60.0)
+            self._left = min(self._most, self._left + (now - self._filled) * self._action.rate / 60)
         self._filled = now
-        if self._tokens < 1.0:
+        if self._left < 1 - 1e-9:  # the sum of many fractions may lack a little
             return False
-        self._tokens -= 1.0
+        self._left -= 1
         return True

@@ -1,14 +1,16 @@
-"""Carry actions out: a local topic, a webhook, a file. None of them waits for another."""
+"""What actions do: publish on the local broker, call a webhook, append to a file."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any, TypedDict
 
 import httpx
 import msgspec
@@ -20,127 +22,159 @@ from edgeward.wire.streams import Action
 
 log = logging.getLogger(__name__)
 
-WEBHOOK_QUEUE = 256
-WEBHOOK_SECONDS = 5.0
-_KEPT = 10_000
+QUEUE_CALLS = 256
+CALL_SECONDS = 5.0
+LATENCIES = 10_000
 
-_Call = tuple[Action, bytes, float]
+
+class Figures(TypedDict):
+    """Since the last time: runs that were done and that failed, by action; `latency_ms` has p50, p95 and
+    p99 from the arrival of the samples to the end of the action, empty without any."""
+
+    run: dict[str, int]
+    failed: dict[str, int]
+    latency_ms: dict[str, float]
 
 
 class Executor:
-    """`publish` sends to the local broker; `folder` holds what `file` actions write.
+    """Runs actions. Messages and files inline, webhooks in one thread of their own.
 
-    Topics and files are served on the caller's thread, webhooks by one thread behind a bounded queue: a
-    dead webhook costs its own calls only.
+    `publish` gives whether the broker took the message. A webhook has CALL_SECONDS from connecting to the
+    status line, however slowly its server drips; redirects are not followed, proxies not used, and what is
+    not 2xx has failed. At most QUEUE_CALLS calls wait, more fail at once. Files lie within `folder`.
+
+    Raises InvalidDocument for an action of `actions` whose file is absolute or leaves `folder`.
     """
 
     def __init__(
-        self, actions: Sequence[Action], publish: Callable[[str, bytes], bool], folder: Path, clock: Clock
+        self,
+        publish: Callable[[str, bytes], bool],
+        folder: Path,
+        clock: Clock,
+        actions: Sequence[Action] = (),
     ) -> None:
-        """Raises InvalidDocument for a file outside `folder`."""
         self._publish = publish
         self._folder = folder
         self._clock = clock
-        self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._latencies: dict[str, list[float]] = {}
-        self._calls: queue.Queue[_Call | None] = queue.Queue(WEBHOOK_QUEUE)
-        self._thread: threading.Thread | None = None
         for index, action in enumerate(actions):
             if action.file is not None:
-                confined(folder, action.file, f"spec.actions[{index}].file")
-        if any(action.webhook for action in actions):
-            self._thread = threading.Thread(target=self._call_all, name="webhooks", daemon=True)
-            self._thread.start()
+                _inside(folder, action.file, f"spec.actions[{index}].file")
+        self._figures = threading.Lock()
+        self._run: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._calls: queue.Queue[tuple[Action, bytes, float]] = queue.Queue(QUEUE_CALLS)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def run(self, action: Action, topic: str | None, message: dict[str, Any], received: float) -> None:
+        """Run `action` now. `topic` is its topic filled in, `received` monotonic seconds. Never raises for
+        a target that does not answer: that is counted."""
+        body = msgspec.json.encode(message)
+        if action.webhook is not None:
+            self._call_later(action, body, received)
+            return
+        try:
+            if topic is not None:
+                done = self._publish(topic, body)
+            else:
+                self._append(action, body)
+                done = True
+        except (OSError, InvalidDocument) as error:
+            log.warning("action %s: %s", action.name, error)
+            done = False
+        self._count(action, done, received)
 
     def stop(self) -> None:
-        """Wait at most one call's time for the webhooks that are due."""
+        """Let the call under way end; those that wait have failed."""
+        self._stop.set()
         if self._thread is not None:
-            try:
-                self._calls.put_nowait(None)
-            except queue.Full:
-                log.warning("webhooks that wait are given up")
-            self._thread.join(WEBHOOK_SECONDS)
+            self._thread.join(CALL_SECONDS * 2)
+        while not self._calls.empty():
+            action, _, received = self._calls.get()
+            self._count(action, False, received)
 
-    def run(self, action: Action, topic: str | None, message: dict[str, object], received: float) -> None:
-        """`received` is when the sample came in, in monotonic seconds: latency counts from there."""
-        body = msgspec.json.encode(message)
-        if topic is not None:
-            self._done(action.name, self._publish(topic, body), received)
-        elif action.file is not None:
-            self._done(action.name, self._write(action.file, body), received)
-        else:
-            try:
-                self._calls.put_nowait((action, body, received))
-            except queue.Full:
-                self._done(action.name, False, received)
+    def take(self) -> Figures:
+        """The figures since the last time."""
+        with self._figures:
+            run, self._run = self._run, Counter()
+            failed, self._failed = self._failed, Counter()
+            latencies = list(self._latencies)
+            self._latencies.clear()
+        latency = {}
+        if latencies:
+            points = np.percentile(latencies, [50, 95, 99]).tolist()
+            latency = dict(zip(("p50", "p95", "p99"), points, strict=True))
+        return {"run": dict(run), "failed": dict(failed), "latency_ms": latency}
 
-    def _done(self, name: str, worked: bool, received: float) -> None:
-        spent = (self._clock.monotonic() - received) * 1e3
-        with self._lock:
-            self._counts[(name, "run" if worked else "failed")] += 1
-            kept = self._latencies.setdefault(name, [])
-            if worked and len(kept) < _KEPT:
-                kept.append(spent)
+    def _count(self, action: Action, done: bool, received: float) -> None:
+        with self._figures:
+            (self._run if done else self._failed)[action.name] += 1
+            if done:
+                self._latencies.append((self._clock.monotonic() - received) * 1e3)
 
-    def _write(self, file: str, body: bytes) -> bool:
-        path = confined(self._folder, file, "file")
+    def _append(self, action: Action, body: bytes) -> None:
+        path = _inside(self._folder, action.file or "", "file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write, so that lines of several streams do not mix.
+        target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # One write call, so that lines of several streams never mix.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
-            try:
-                os.write(descriptor, body + b"\n")
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            log.error("action file %s: %s", path, error.strerror)
-            return False
-        return True
+            if os.write(target, body + b"\n") != len(body) + 1:
+                raise OSError(f"{path} took a part of the line only")
+        finally:
+            os.close(target)
 
-    def _call_all(self) -> None:
-        with httpx.Client(timeout=WEBHOOK_SECONDS, follow_redirects=False, trust_env=False) as client:
-            while (call := self._calls.get()) is not None:
-                action, body, received = call
-                self._done(action.name, _called(client, action, body), received)
+    def _call_later(self, action: Action, body: bytes, received: float) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="webhooks", daemon=True)
+            self._thread.start()
+        try:
+            if self._stop.is_set():
+                raise queue.Full
+            self._calls.put_nowait((action, body, received))
+        except queue.Full:
+            self._count(action, False, received)
 
-    def take(self) -> dict[str, dict[str, float]]:
-        """Since the last time, per action: `run`, `failed`, and latency `p50`, `p95`, `p99` in milliseconds."""
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-            latencies, self._latencies = self._latencies, {}
-        figures: dict[str, dict[str, float]] = {}
-        for (name, what), number in counts.items():
-            figures.setdefault(name, {"run": 0, "failed": 0})[what] = number
-        for name, spent in latencies.items():
-            if spent:
-                p50, p95, p99 = np.percentile(spent, [50, 95, 99]).tolist()
-                figures[name] |= {"p50": p50, "p95": p95, "p99": p99}
-        return figures
+    def _work(self) -> None:
+        # An event loop for the sake of its timeouts: httpx's own begin anew with each byte that arrives.
+        with asyncio.Runner() as runner:
+            client = httpx.AsyncClient(timeout=CALL_SECONDS, follow_redirects=False, trust_env=False)
+            while not self._stop.is_set():
+                try:
+                    action, body, received = self._calls.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                self._count(action, runner.run(_call(client, action, body)), received)
+            runner.run(client.aclose())
 
 
-def _called(client: httpx.Client, action: Action, body: bytes) -> bool:
+async def _call(client: httpx.AsyncClient, action: Action, body: bytes) -> bool:
+    """Whether the webhook answered with 2xx in time."""
     try:
-        answer = client.post(action.webhook or "", content=body, headers={"Content-Type": "application/json"})
-    except httpx.HTTPError as error:
-        log.warning("webhook of action %s: %s", action.name, error or type(error).__name__)
-        return False
-    if answer.is_success:
-        return True
-    log.warning("webhook of action %s answered %d", action.name, answer.status_code)
+        async with (
+            asyncio.timeout(CALL_SECONDS),
+            client.stream(
+                "POST", action.webhook or "", content=body, headers={"Content-Type": "application/json"}
+            ) as response,
+        ):
+            if response.is_success:
+                return True
+            log.warning("action %s: the webhook answered %d", action.name, response.status_code)
+    # Addresses that are none raise from anywhere below (InvalidURL, UnicodeError, a group with an
+    # OverflowError); one must not end the thread of all webhooks.
+    except Exception as error:  # noqa: BLE001
+        log.warning("action %s: the webhook failed: %s", action.name, error or type(error).__name__)
     return False
 
 
-def confined(folder: Path, file: str, field: str) -> Path:
-    """The path of a file below `folder`. Raises InvalidDocument for any other."""
-    path = Path(file)
-    if path.is_absolute() or ".." in path.parts or not path.name:
+def _inside(folder: Path, file: str, field: str) -> Path:
+    """The path of `file` in `folder`. Raises InvalidDocument when it leaves it, by a link as well."""
+    asked = PurePath(file)
+    path = folder / asked
+    if asked.is_absolute() or ".." in asked.parts:
         raise InvalidDocument(
-            f"{file!r} leaves the agent's folder for actions",
-            field=field,
-            hint="give a relative path without ..",
+            f"{file!r} leaves the folder for action files", field=field, hint="e.g. alarms.jsonl"
         )
-    whole = folder / path
-    if not whole.parent.resolve().is_relative_to(folder.resolve()):
-        raise InvalidDocument(f"{file!r} leads out of the agent's folder for actions", field=field)
-    return whole
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise InvalidDocument(f"{file!r} leaves the folder for action files by a link", field=field)
+    return path

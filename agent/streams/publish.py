@@ -1,90 +1,119 @@
-"""Which results go up. Pure; alarms and what could not be predicted always do."""
+"""Which results go up, besides alarms."""
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from agent.streams.keys import Recent, groups
 from edgeward.wire.package import Decision
 from edgeward.wire.streams import Publish
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-T = TypeVar("T")
-
-#: Keys whose last result is remembered; beyond, the oldest one starts anew.
-MAX_KEYS = 10_000
+Column = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
 
 class Selection:
-    """A stream's policy with what it has to remember, per key."""
+    """The choice of one stream, per key where samples have keys; state goes over calls.
+
+    `every`: the first result and each `every`-th after it. `changes`: the first result, one whose alarm
+    differs from the one before, and one of which an output is more than `tolerance` away from the last
+    result chosen (so a slow drift is seen); an output that appears, disappears or becomes not-a-number or
+    a number counts as a change. `uncertain`: the decision's output lies within `margin` of its threshold
+    or is not a number; without a decision nothing is uncertain.
+
+    `tolerance` and `margin` include their limit: a difference of exactly `tolerance` is no change, one of
+    exactly `margin` is uncertain. Of at most MAX_KEYS keys the state is remembered.
+    """
 
     def __init__(self, spec: Publish, decision: Decision | None) -> None:
         self._spec = spec
         self._decision = decision
-        self._counts: dict[str, int] = {}
-        self._last: dict[str, tuple[float, ...]] = {}
+        self._since: Recent[int] = Recent()  # results since the last chosen one
+        self._last: Recent[tuple[Floats, bool]] = Recent()
+        self._names: tuple[str, ...] = ()
 
-    def choose(self, keys: tuple[str, ...], outputs: dict[str, Floats], alarms: Bools) -> Bools:
-        """Which of `n` results are published. `keys` has one text per result, or is empty."""
+    def choose(self, keys: tuple[str, ...], outputs: dict[str, Column], alarms: Bools) -> Bools:
+        """For each of n results, in their order, whether it goes up: bool `[n]`.
+
+        `keys` has n texts or is empty, `outputs` has a column `[n]` of numbers for each output and `alarms`
+        is `[n]`.
+        """
         count = len(alarms)
         match self._spec.results:
             case "all":
                 return np.ones(count, np.bool_)
             case "none":
                 return np.zeros(count, np.bool_)
-            case "every":
-                return self._every(keys, count)
             case "uncertain":
                 return self._uncertain(outputs, count)
-            case _:
+            case "every":
+                return self._every(keys, count)
+            case "changes":
                 return self._changes(keys, outputs, alarms)
 
-    def _every(self, keys: tuple[str, ...], count: int) -> Bools:
-        every = self._spec.every
-        if not keys:
-            first = self._counts.get("", 0)
-            self._counts[""] = (first + count) % every
-            due: Bools = np.arange(first, first + count) % every == 0
-            return due
-        chosen = np.zeros(count, np.bool_)
-        for index, key in enumerate(keys):
-            number = self._counts.get(key, 0)
-            chosen[index] = number == 0
-            _remember(self._counts, key, (number + 1) % every)
-        return chosen
-
-    def _uncertain(self, outputs: dict[str, Floats], count: int) -> Bools:
+    def _uncertain(self, outputs: dict[str, Column], count: int) -> Bools:
         if self._decision is None or self._decision.output not in outputs:
-            return np.ones(count, np.bool_)  # without a threshold nothing is certain
-        distance: Floats = np.abs(outputs[self._decision.output] - self._decision.threshold)
-        uncertain: Bools = np.logical_not(distance > self._spec.margin)
-        return uncertain
+            return np.zeros(count, np.bool_)
+        distance = np.abs(np.asarray(outputs[self._decision.output], np.float64) - self._decision.threshold)
+        return np.asarray(~(distance > self._spec.margin))
 
-    def _changes(self, keys: tuple[str, ...], outputs: dict[str, Floats], alarms: Bools) -> Bools:
-        """Against the last published one, so that a slow drift is not lost in small steps."""
-        chosen = np.zeros(len(alarms), np.bool_)
-        columns = [values.tolist() for values in outputs.values()]
-        tolerance = self._spec.tolerance
-        for index, alarm in enumerate(alarms.tolist()):
-            key = keys[index] if keys else ""
-            now = (float(alarm), *(column[index] for column in columns))
-            last = self._last.get(key)
-            same = (
-                last is not None
-                and len(last) == len(now)
-                and last[0] == now[0]
-                and all(abs(one - other) <= tolerance for one, other in zip(last[1:], now[1:], strict=True))
-            )
-            if not same:
-                chosen[index] = True
-                _remember(self._last, key, now)
+    def _every(self, keys: tuple[str, ...], count: int) -> Bools:
+        every, chosen = self._spec.every, np.zeros(count, np.bool_)
+        for key, where in groups(keys, count):
+            place = self._since.get(key, 0)
+            rows = count if where is None else len(where)
+            taken = (np.arange(place, place + rows) % every) == 0
+            chosen[slice(None) if where is None else where] = taken
+            self._since[key] = (place + rows) % every
+        return chosen
+
+    def _changes(self, keys: tuple[str, ...], outputs: dict[str, Column], alarms: Bools) -> Bools:
+        names = tuple(sorted(outputs))
+        if names != self._names:  # another model: nothing can be compared
+            self._names = names
+            self._last.clear()
+        count = len(alarms)
+        matrix = np.empty((count, len(names)))
+        for index, name in enumerate(names):
+            matrix[:, index] = outputs[name]
+        chosen = np.zeros(count, np.bool_)
+        for key, where in groups(keys, count):
+            part, flags = (matrix, alarms) if where is None else (matrix[where], alarms[where])
+            chosen[slice(None) if where is None else where] = self._changed(key, part, flags)
+        return chosen
+
+    def _changed(self, key: str, matrix: Floats, alarms: Bools) -> Bools:
+        tolerance, count = self._spec.tolerance, len(alarms)
+        level, alarm = self._last.get(key, (None, False))
+        chosen = np.zeros(count, np.bool_)
+        chosen[0] = (
+            level is None or bool(alarms[0]) != alarm or bool(_moved(matrix[0], level, tolerance).any())
+        )
+        chosen[1:] = alarms[1:] != alarms[:-1]
+        if chosen[0] or level is None:
+            level = matrix[0]
+        if tolerance == 0:
+            # What has not moved at all equals the level: the result before will do for it.
+            chosen[1:] |= _moved(matrix[1:], matrix[:-1], 0.0).any(axis=1)
+            level = matrix[-1]
+        else:
+            place, block = 1, 16
+            while place < count:
+                stop = min(place + block, count)
+                here = chosen[place:stop] | _moved(matrix[place:stop], level, tolerance).any(axis=1)
+                first = int(np.argmax(here))
+                if here[first]:
+                    chosen[place + first] = True
+                    level = matrix[place + first]
+                    place, block = place + first + 1, 16
+                else:
+                    place, block = stop, block * 2
+        self._last[key] = (level.copy(), bool(alarms[-1]))
         return chosen
 
 
-def _remember(table: dict[str, T], key: str, value: T) -> None:
-    if key not in table and len(table) >= MAX_KEYS:
-        del table[next(iter(table))]
-    table[key] = value
+def _moved(one: Floats, other: Floats, tolerance: float) -> Bools:
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        return np.asarray((np.abs(one - other) > tolerance) | (np.isnan(one) != np.isnan(other)))

@@ -1,83 +1,107 @@
-"""What keeps a reading from a model: missing, out of range, stuck. Pure, over whole batches."""
+"""Which samples must not reach a model: missing, out of range, or from a sensor that is stuck."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
+from agent.streams.keys import Recent, groups
 from agent.streams.samples import Samples
 from edgeward.wire.streams import Check
 
-#: Keys whose last readings are remembered; beyond, the oldest one starts anew.
-MAX_KEYS = 10_000
-
 
 class Quality:
-    """Marks samples; `counts` says how many readings by kind and feature (`range:flow`)."""
+    """Marks samples by their values `[n, features]`; images pass unchanged.
 
-    def __init__(self, features: Sequence[str], checks: Mapping[str, Check]) -> None:
-        self._features = list(features)
+    A missing reading (NaN, infinite) neither continues nor ends a run of equal readings. `counts` grows
+    by `missing:F`, `range:F` and `stuck:F` for each reading concerned; a sample's problem names the first
+    of its violations in that order. A problem that a sample has already stays as it is.
+    """
+
+    def __init__(self, features: list[str], checks: dict[str, Check]) -> None:
         self.counts: Counter[str] = Counter()
-        self._low = self._bounds({name: check.minimum for name, check in checks.items()}, -np.inf)
-        self._high = self._bounds({name: check.maximum for name, check in checks.items()}, np.inf)
+        self._features = features
+        self._checks = [checks.get(name, Check()) for name in features]
+        self._low = np.array([-np.inf if c.minimum is None else c.minimum for c in self._checks])
+        self._high = np.array([np.inf if c.maximum is None else c.maximum for c in self._checks])
         self._ranged = bool(np.isfinite(self._low).any() or np.isfinite(self._high).any())
-        self._stuck = {
-            self._features.index(name): check.stuck_after
-            for name, check in checks.items()
-            if check.stuck_after is not None
-        }
-        self._runs: dict[tuple[str, int], tuple[float, int]] = {}
-
-    def _bounds(self, bounds: dict[str, float | None], free: float) -> np.ndarray:
-        given = [bounds.get(name) for name in self._features]
-        return np.array([free if bound is None else bound for bound in given])
+        self._stuck = {i: c.stuck_after for i, c in enumerate(self._checks) if c.stuck_after is not None}
+        # Per feature and key: the last reading and how often in a row it has been read.
+        self._runs: dict[int, Recent[tuple[float, int]]] = {index: Recent() for index in self._stuck}
 
     def apply(self, samples: Samples) -> Samples:
-        """The samples with a problem for each that must not reach a model; what had one keeps it."""
+        """The same samples with what is wrong with them; the very object when nothing is."""
         values = samples.values
-        if values.ndim != 2 or not len(values):
+        if values.ndim != 2 or len(samples) == 0:
             return samples
-        # The sum of finite readings may overflow, so this is only a hint that all is well.
-        clean = bool(np.isfinite(values.sum()))
-        if clean and self._ranged:
-            clean = bool((values >= self._low).all() and (values <= self._high).all())
-        if clean and not self._stuck:
-            return samples
-        problems = dict(samples.problems)
-        if not clean:
-            self._mark(samples, ~np.isfinite(values), "missing", problems)
-            self._mark(samples, values < self._low, "range", problems)
-            self._mark(samples, values > self._high, "range", problems)
-        for feature, limit in self._stuck.items():
-            self._mark_stuck(samples, feature, limit, problems)
-        return replace(samples, problems=problems)
+        found: dict[int, str] = {}
+        # A finite sum has finite terms; an overflow only takes the longer way.
+        with np.errstate(over="ignore", invalid="ignore"):
+            complete = bool(np.isfinite(values.sum()))
+        if not complete:
+            self._missing(values, found)
+        if self._ranged and bool(((values < self._low) | (values > self._high)).any()):
+            self._range(values, found)
+        for index, limit in self._stuck.items():
+            self._find_stuck(samples, index, limit, found)
+        return replace(samples, problems={**found, **samples.problems}) if found else samples
 
-    def _mark(self, samples: Samples, bad: np.ndarray, kind: str, problems: dict[int, str]) -> None:
-        for index, feature in zip(*(found.tolist() for found in np.nonzero(bad)), strict=True):
-            name = self._features[feature]
-            self.counts[f"{kind}:{name}"] += 1
-            if index in problems:
-                continue
-            value = float(samples.values[index, feature])
-            if kind == "missing":
-                problems[index] = f"{name}: missing or not a finite number"
+    def _missing(self, values: npt.NDArray[np.float64], found: dict[int, str]) -> None:
+        for row, column in np.argwhere(~np.isfinite(values)).tolist():
+            name, value = self._features[column], values[row, column]
+            self.counts[f"missing:{name}"] += 1
+            found.setdefault(row, f"{name}: missing" if np.isnan(value) else f"{name}: {value} is not finite")
+
+    def _range(self, values: npt.NDArray[np.float64], found: dict[int, str]) -> None:
+        # Infinite readings are counted as missing already.
+        outside = ((values < self._low) | (values > self._high)) & np.isfinite(values)
+        for row, column in np.argwhere(outside).tolist():
+            name, value = self._features[column], float(values[row, column])
+            self.counts[f"range:{name}"] += 1
+            below = value < self._low[column]
+            limit = float((self._low if below else self._high)[column])
+            found.setdefault(
+                row, f"{name}: {value:g} is {'below the minimum' if below else 'above the maximum'} {limit:g}"
+            )
+
+    def _find_stuck(self, samples: Samples, index: int, limit: int, found: dict[int, str]) -> None:
+        name, state = self._features[index], self._runs[index]
+        column = samples.values[:, index]
+        for key, where in groups(samples.keys, len(samples)):
+            read = column if where is None else column[where]
+            finite = np.isfinite(read)
+            if not finite.all():
+                rows = np.flatnonzero(finite) if where is None else where[finite]
+                read = read[finite]
             else:
-                low, high = self._low[feature], self._high[feature]
-                problems[index] = f"{name}: {value:g} is outside {low:g} to {high:g}"
+                rows = np.arange(len(read)) if where is None else where
+            if len(read) == 0:
+                continue
+            lengths = _run_lengths(read, *state.get(key, (np.nan, 0)))
+            state[key] = (float(read[-1]), int(lengths[-1]))
+            if lengths.max() < limit:
+                continue
+            over = np.flatnonzero(lengths >= limit)
+            self.counts[f"stuck:{name}"] += len(over)
+            for row, value, length in zip(
+                rows[over].tolist(), read[over].tolist(), lengths[over].tolist(), strict=True
+            ):
+                found.setdefault(
+                    row, f"{name}: stuck at {value:g} for {length} readings, the limit is {limit}"
+                )
 
-    def _mark_stuck(self, samples: Samples, feature: int, limit: int, problems: dict[int, str]) -> None:
-        name = self._features[feature]
-        column = samples.values[:, feature].tolist()
-        for index, value in enumerate(column):
-            key = (samples.key(index), feature)
-            before, run = self._runs.get(key, (value, 0))
-            run = run + 1 if value == before else 1
-            if key not in self._runs and len(self._runs) >= MAX_KEYS:
-                del self._runs[next(iter(self._runs))]
-            self._runs[key] = (value, run)
-            if run >= limit:
-                self.counts[f"stuck:{name}"] += 1
-                problems.setdefault(index, f"{name}: stuck at {value:g} for {run} readings, limit {limit}")
+
+def _run_lengths(read: npt.NDArray[np.float64], last: float, count: int) -> npt.NDArray[np.int64]:
+    """How many equal readings in a row end at each, `[n]`; `last` was read `count` times before the first."""
+    places = np.arange(len(read))
+    begins = np.empty(len(read), np.bool_)
+    begins[0] = True
+    begins[1:] = read[1:] != read[:-1]
+    lengths = places - np.maximum.accumulate(np.where(begins, places, 0)) + 1
+    if read[0] == last:
+        others = np.flatnonzero(begins[1:])
+        lengths[: int(others[0]) + 1 if len(others) else len(read)] += count
+    return lengths.astype(np.int64)

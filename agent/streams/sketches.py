@@ -1,24 +1,22 @@
-"""Mergeable statistics per series and time bucket, and the drift figure.
-
-Quantiles come from a KLL sketch (Karnin, Lang, Liberty 2016) of Apache DataSketches: with k = 200 its
-ranks are within 1.3 % of the true ones at 99 % confidence, also after merging any number of them.
-"""
+"""Mergeable statistics per series and time bucket, and the drift figure."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+import datasketches
 import numpy as np
 import numpy.typing as npt
-from datasketches import kll_floats_sketch
 
 from edgeward.wire.package import FeatureBaseline
 
 Floats = npt.NDArray[np.float64]
 
 PSI_EPSILON = 1e-4
-KLL_K = 200
+# A rank is right to 1.3 % with a probability of 99 %, in at most 3 KB.
+SKETCH_K = 200
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def psi(expected: list[float], counts: list[int]) -> float:
@@ -37,11 +35,31 @@ def psi(expected: list[float], counts: list[int]) -> float:
     return figure
 
 
+class Sketch:
+    """A KLL sketch (Karnin, Lang, Liberty 2016): the quantiles of a stream in bounded memory, mergeable.
+
+    Items are 32-bit floats, which halves what goes up: 7 digits are far finer than the error of a rank.
+    What is larger than they can hold counts as the largest of them.
+    """
+
+    def __init__(self) -> None:
+        self._sketch = datasketches.kll_floats_sketch(SKETCH_K)
+
+    def add(self, values: Floats) -> None:
+        """`values` `[n]`, finite."""
+        if len(values):
+            self._sketch.update(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
+
+    def encoded(self) -> bytes:
+        """In the binary form of Apache DataSketches; empty before the first value."""
+        return b"" if self._sketch.is_empty() else bytes(self._sketch.serialize())
+
+
 @dataclass
 class Statistics:
     """Count, mean, squared deviations, extremes and a histogram; merged exactly (Chan et al. 1979).
 
-    `quantiles` is the KLL sketch of all values, `sketch` its serialised form.
+    `sketch` has the quantiles.
     """
 
     edges: list[float]
@@ -52,11 +70,7 @@ class Statistics:
     minimum: float = math.inf
     maximum: float = -math.inf
     histogram: list[int] = field(default_factory=list)
-    quantiles: kll_floats_sketch = field(default_factory=lambda: kll_floats_sketch(KLL_K))
-
-    def sketch(self) -> bytes:
-        """As any implementation of Apache DataSketches reads it; empty without values."""
-        return bytes(self.quantiles.serialize()) if self.count else b""
+    sketch: Sketch = field(default_factory=Sketch)
 
     def add(self, values: Floats) -> None:
         """Take in finite numbers; others count as missing."""
@@ -73,7 +87,7 @@ class Statistics:
         self.count = total
         self.minimum = min(self.minimum, float(finite.min()))
         self.maximum = max(self.maximum, float(finite.max()))
-        self.quantiles.update(finite.astype(np.float32))
+        self.sketch.add(finite)
         if self.edges:
             bins = np.bincount(
                 np.searchsorted(self.edges, finite, side="right"), minlength=len(self.edges) + 1

@@ -1,307 +1,371 @@
-"""Windows by count and by event time, tumbling and sliding, per key or over all samples. Pure.
-
-Each sample comes out for the first time in exactly one window (`Closed.fresh`) or as late; what comes
-out again belongs to an overlapping window. `settled` counts how many samples, in the order in which they
-were added, are out without a gap: so far a numbering source may be told that they are accounted for.
-"""
+"""Samples grouped into windows, by count or by event time, each sample accounted exactly once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from agent.streams.samples import Samples, join
+from agent.streams.keys import MAX_KEYS, Recent, groups
+from agent.streams.samples import Samples
 from edgeward.wire.streams import Window
 
-Indices = npt.NDArray[np.intp]
-Times = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
+Places = npt.NDArray[np.intp]
 
-#: Keys with open windows; beyond, the window that was opened first is closed before its time.
-MAX_KEYS = 10_000
+MAX_HELD = 1_000_000
+_FAR = 2**60  # microseconds: sums and differences of two such times still fit into 64 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Closed:
-    """A window's samples in the order of their event times; `fresh` selects those that are in no earlier one.
+    """A window that is complete, or samples that came too late for one.
 
-    `start_us` and `end_us` bound a window by event time (microseconds since 1970, end exclusive). `late`
-    samples arrived after their windows were closed.
+    `samples` are in the order of their event times (late ones in the order of arrival). `fresh` selects
+    those that come out for the first time: in tumbling windows all, in sliding ones what no earlier window
+    had. By event time the window covers `start_us` up to, not including, `end_us`; else both are None.
     """
 
     key: str
     samples: Samples
-    fresh: Indices | slice = field(default_factory=lambda: slice(None))
     late: bool = False
     start_us: int | None = None
     end_us: int | None = None
-
-
-@dataclass
-class _Group:
-    """What is held for one key. `arrival` numbers samples as they were added, `seen` were in a window already."""
-
-    samples: Samples
-    arrival: Times
-    seen: npt.NDArray[np.bool_]
-    touched: float
-    newest: int | None = None
-    closed_end: int | None = None
-
-    def add(self, samples: Samples, arrival: Times, now: float) -> None:
-        if not self.open:
-            self.touched = now
-        self.samples = join([self.samples, samples]) if len(self.samples) else samples
-        self.arrival = np.concatenate([self.arrival, arrival])
-        self.seen = np.concatenate([self.seen, np.zeros(len(samples), np.bool_)])
-
-    @property
-    def open(self) -> int:
-        """Samples that were in no window yet."""
-        return len(self.seen) - int(self.seen.sum())
-
-    def keep(self, indices: Indices) -> None:
-        self.samples = self.samples.take(indices)
-        self.arrival = self.arrival[indices]
-        self.seen = self.seen[indices]
-
-    def window(self, key: str, indices: Indices, start: int | None = None, end: int | None = None) -> Closed:
-        """Close a window over these samples; they count as seen."""
-        times = self.samples.event_time[indices]
-        if len(times) > 1 and (np.diff(times) < 0).any():
-            indices = indices[np.argsort(times, kind="stable")]
-        fresh = np.flatnonzero(~self.seen[indices])
-        self.seen[indices] = True
-        return Closed(key, self.samples.take(indices), fresh, False, start, end)
+    fresh: slice | Places = field(default_factory=lambda: slice(None))
 
 
 class Windows:
-    """`now` is monotonic seconds; it decides when to wait no longer, never to which window a sample belongs."""
+    """The open windows of one stream. `now` is monotonic seconds, event times are microseconds.
+
+    By count, sliding windows overlap by `count - slide` samples and none is late. By event time, window
+    number k begins at k * slide (tumbling: slide = size). Where the watermark stood when a sample arrived
+    decides which windows still take it, so the result does not depend on how messages are cut. A sample
+    for which all windows have closed comes out at once as late.
+
+    After `timeout` what is open closes, even if it is not full, and is forgotten, overlap included. The
+    watermark stays: later samples of that time open the window again. The same happens when the sensor
+    begins a new epoch or the shape of the values changes, since neither can lie within one window; a new
+    epoch also resets the watermarks (its clock may have been put right). The group that waits longest for
+    a sample closes early when more than MAX_KEYS keys or MAX_HELD samples are held: a sensor whose clock
+    stands still would fill the memory.
+
+    With `count` 1 and no aggregate, windows mean nothing beyond a single sample: all samples of a call
+    come out together, in one Closed without a key.
+
+    `settled` is how many of the samples added so far, in the order of arrival, have come out without a
+    gap. A runner may commit a numbering sensor's position up to sample number `settled`, no further.
+    """
 
     def __init__(self, spec: Window) -> None:
-        self._spec = spec
-        self._size = None if spec.size is None else round(spec.size * 1e6)
-        length = spec.count if self._size is None else self._size
-        slide = spec.slide if self._size is None else spec.slide and spec.slide * 1e6
-        self._slide = length if slide is None else max(1, round(slide))
-        self._lateness = round(spec.lateness * 1e6)
-        self._added = 0
-        self._groups: dict[str, _Group] = {}
-        self._simple = self._size is None and self._slide == spec.count and not spec.per_key
-        self._line: list[Samples] = []
-        self._in_line = 0
-        self._opened = 0.0
+        self._timeout = spec.timeout
+        self._per_key = spec.per_key
+        self._by_time = spec.size is not None
+        self._size = spec.count if spec.size is None else _micros(spec.size)
+        self._slide = self._size
+        if spec.slide is not None:
+            self._slide = min(self._size, _micros(spec.slide) if self._by_time else int(spec.slide))
+        self._lateness = min(round(spec.lateness * 1e6), _FAR)
+        self._single = not self._by_time and spec.count == 1 and spec.aggregate == "none"
+        self._groups: OrderedDict[str, _Group] = OrderedDict()
+        # When each group with something to come began to wait; the next to run out stands first.
+        self._waits: OrderedDict[str, float] = OrderedDict()
+        self._marks: Recent[int] = Recent()
+        self._held = 0
+        self._account = _Account()
+        self._like: Samples | None = None
 
     @property
     def pending(self) -> int:
-        """Samples that have not come out yet."""
-        return self._in_line + sum(group.open for group in self._groups.values())
+        """How many samples have not come out yet."""
+        return self._account.added - self._account.came_out
 
     @property
     def settled(self) -> int:
-        if self._simple:
-            return self._added - self._in_line
-        waiting = [int(group.arrival[~group.seen].min()) for group in self._groups.values() if group.open]
-        return min(waiting, default=self._added)
+        return self._account.settled
 
     def add(self, samples: Samples, now: float) -> list[Closed]:
-        """Take samples in; the windows that they close."""
-        if not len(samples):
+        """Take in samples; gives the windows that they close, and those among them that are late."""
+        if len(samples) == 0:
             return []
-        if self._simple:
-            return self._add_simply(samples, now)
-        arrival = np.arange(self._added, self._added + len(samples))
-        self._added += len(samples)
         closed: list[Closed] = []
-        for key, indices in self._by_key(samples):
-            part = samples if indices is None else samples.take(indices)
-            closed += self._add_to(key, part, arrival if indices is None else arrival[indices], now)
+        if self._like is not None and not _fit(self._like, samples):
+            closed += self.flush()
+            if self._like.epoch != samples.epoch:
+                self._marks.clear()
+        self._like = _cut(samples, 0, 0)
+        first = self._account.add(len(samples))
+        if self._single:
+            self._account.out(np.arange(first, first + len(samples)))
+            return [*closed, Closed("", samples)]
+        for key, where in groups(samples.keys if self._per_key else (), len(samples)):
+            part = samples if where is None else samples.take(where)
+            numbers = first + (np.arange(len(samples)) if where is None else where)
+            group = self._groups.setdefault(key, _Group())
+            self._groups.move_to_end(key)
+            self._held -= group.rows
+            closed += (self._by_event_time if self._by_time else self._by_count)(
+                key, group, part, numbers, now
+            )
+            self._held += group.rows
+            if group.rows == 0:
+                del self._groups[key]
+        while self._groups and (len(self._groups) > MAX_KEYS or self._held > MAX_HELD):
+            closed += self._close(next(iter(self._groups)))
         return closed
 
     def due(self, now: float) -> list[Closed]:
-        """The windows that wait no longer."""
-        if self._simple:
-            late = self._in_line and now - self._opened >= self._spec.timeout
-            return self._close_line() if late else []
+        """The windows whose timeout has passed."""
         closed: list[Closed] = []
-        for key, group in list(self._groups.items()):
-            if group.open and now - group.touched >= self._spec.timeout:
-                closed += self._close(key, group)
+        while (at := self.next_due()) is not None and at <= now:
+            closed += self._close(next(iter(self._waits)))
         return closed
 
     def next_due(self) -> float | None:
-        """When `due` has something at the earliest, without further samples."""
-        if self._simple:
-            return self._opened + self._spec.timeout if self._in_line else None
-        touched = [group.touched for group in self._groups.values() if group.open]
-        return min(touched) + self._spec.timeout if touched else None
+        """When `due` gives something next, in monotonic seconds; None while nothing waits."""
+        return next(iter(self._waits.values())) + self._timeout if self._waits else None
 
     def flush(self) -> list[Closed]:
-        """Everything that has not come out yet."""
-        if self._simple:
-            return self._close_line() if self._in_line else []
-        closed: list[Closed] = []
-        for key, group in list(self._groups.items()):
-            if group.open:
-                closed += self._close(key, group)
-        self._groups.clear()
-        return closed
+        """Everything that is open."""
+        return [window for key in list(self._groups) for window in self._close(key)]
 
-    # tumbling by count over all samples: slices, nothing else
-
-    def _add_simply(self, samples: Samples, now: float) -> list[Closed]:
-        if not self._in_line:
-            self._opened = now
-        self._added += len(samples)
-        self._line.append(samples)
-        self._in_line += len(samples)
-        count = self._spec.count
-        if self._in_line < count:
+    def _close(self, key: str) -> list[Closed]:
+        group = self._groups.pop(key)
+        self._held -= group.rows
+        if self._waits.pop(key, None) is None:
             return []
-        whole = join(self._line)
-        closed = [_in_order(whole.part(at, at + count)) for at in range(0, len(whole) - count + 1, count)]
-        rest = len(whole) % count
-        self._line = [whole.part(len(whole) - rest, len(whole))] if rest else []
-        self._in_line, self._opened = rest, now
-        return closed
+        if self._by_time:
+            return list(self._closed_by(key, group, None))
+        samples, numbers = group.join()
+        self._account.out(numbers[group.old :])
+        return [_ordered(key, samples, group.old)]
 
-    def _close_line(self) -> list[Closed]:
-        whole = join(self._line)
-        self._line, self._in_line = [], 0
-        return [_in_order(whole)]
-
-    # everything else: samples are held by key
-
-    def _by_key(self, samples: Samples) -> list[tuple[str, Indices | None]]:
-        if not self._spec.per_key or not samples.keys:
-            return [("", None)]
-        found: dict[str, list[int]] = {}
-        for index, key in enumerate(samples.keys):
-            found.setdefault(key, []).append(index)
-        if len(found) == 1:
-            return [(samples.keys[0], None)]
-        return [(key, np.array(indices, dtype=np.intp)) for key, indices in found.items()]
-
-    def _add_to(self, key: str, samples: Samples, arrival: Times, now: float) -> list[Closed]:
+    def _by_count(self, key: str, group: _Group, part: Samples, numbers: Places, now: float) -> list[Closed]:
+        group.append(part, numbers)
         closed: list[Closed] = []
-        group = self._groups.get(key)
-        if group is None:
-            if len(self._groups) >= MAX_KEYS:
-                oldest = next(iter(self._groups))
-                if self._groups[oldest].open:
-                    closed += self._close(oldest, self._groups[oldest])
-                del self._groups[oldest]
-            empty = samples.part(0, 0)
-            group = self._groups[key] = _Group(empty, arrival[:0], np.zeros(0, np.bool_), now)
-        if self._size is None:
-            group.add(samples, arrival, now)
-            return closed + self._full(key, group, now)
-        return closed + self._add_by_time(key, group, samples, arrival, now)
-
-    def _full(self, key: str, group: _Group, now: float) -> list[Closed]:
-        closed = []
-        count = self._spec.count
-        while len(group.samples) >= count:
-            closed.append(group.window(key, np.arange(count)))
-            group.keep(np.arange(self._slide, len(group.samples)))
-            group.touched = now
+        if group.rows >= self._size:
+            samples, numbers = group.join()
+            count = (group.rows - self._size) // self._slide + 1
+            came_out = group.old
+            for begin in range(0, count * self._slide, self._slide):
+                window = _cut(samples, begin, begin + self._size)
+                closed.append(_ordered(key, window, max(came_out - begin, 0)))
+                came_out = begin + self._size
+            self._account.out(numbers[group.old : came_out])
+            group.keep(slice(count * self._slide, None))
+            group.old = came_out - count * self._slide
+        if group.rows == group.old:
+            self._waits.pop(key, None)
+        elif closed or key not in self._waits:
+            self._waits[key] = now
+            self._waits.move_to_end(key)
         return closed
 
-    def _last_end(self, times: Any) -> Any:
-        """The end of the last window that holds a time: `[k * slide, k * slide + size)`."""
-        assert self._size is not None
-        return times // self._slide * self._slide + self._size
-
-    def _add_by_time(
-        self, key: str, group: _Group, samples: Samples, arrival: Times, now: float
+    def _by_event_time(
+        self, key: str, group: _Group, part: Samples, numbers: Places, now: float
     ) -> list[Closed]:
-        """In the order of arrival, so that a sample which closes a window decides what is late after it."""
+        at = np.clip(part.event_time, -_FAR, _FAR)
+        mark = self._marks.get(key, -2 * _FAR)
+        newest = np.maximum.accumulate(at) - self._lateness
+        before = np.maximum(np.concatenate(([mark], newest[:-1])), mark)
+        mark = max(mark, int(newest[-1]))
+        self._marks[key] = mark
+        # The first window that covers a sample, or the first that is still open for it.
+        starts = (np.maximum(at, before) - self._size) // self._slide * self._slide + self._slide
+        late = starts > at
         closed: list[Closed] = []
-        times = samples.event_time
-        newest = np.maximum.accumulate(times)
-        before = None
-        if group.newest is not None:
-            newest = np.maximum(newest, group.newest)
-            before = self._mark(group.newest)
-        marks = self._mark(newest)
-        steps = np.flatnonzero(np.diff(marks, prepend=marks[0] - 1 if before is None else before)).tolist()
-        start = 0
-        for stop in [step + 1 for step in steps] + (
-            [len(times)] if not steps or steps[-1] + 1 < len(times) else []
-        ):
-            closed += self._take_part(key, group, samples, arrival, now, start, stop)
-            group.newest = int(newest[stop - 1])
-            closed += self._pass(key, group, group.newest - self._lateness)
-            start = stop
-        return closed
-
-    def _mark(self, newest: Any) -> Any:
-        """Changes whenever the watermark passes the end of a window."""
-        return (newest - self._lateness - self._size) // self._slide
-
-    def _take_part(
-        self, key: str, group: _Group, samples: Samples, arrival: Times, now: float, start: int, stop: int
-    ) -> list[Closed]:
-        part = samples.part(start, stop)
-        numbers = arrival[start:stop]
-        closed = []
-        if group.closed_end is not None:
-            late = self._last_end(part.event_time) <= group.closed_end
-            if late.any():
-                closed.append(Closed(key, part.take(np.flatnonzero(late)), late=True))
-                part, numbers = part.take(np.flatnonzero(~late)), numbers[~late]
+        if late.any():
+            closed.append(Closed(key, part.take(np.flatnonzero(late)), late=True))
+            self._account.out(numbers[late])
+            here = np.flatnonzero(~late)
+            part, numbers, starts = part.take(here), numbers[here], starts[here]
         if len(part):
-            group.add(part, numbers, now)
-            group.touched = now
+            group.append(part, numbers, starts)
+        if group.rows:
+            closed += self._closed_by(key, group, mark)
+        self._waits.pop(key, None)
+        if group.rows:
+            self._waits[key] = now
         return closed
 
-    def _pass(self, key: str, group: _Group, watermark: int) -> list[Closed]:
-        """Close every window that ends at or before the watermark."""
-        assert self._size is not None
-        end = (watermark - self._size) // self._slide * self._slide + self._size
-        if group.closed_end is not None and end <= group.closed_end:
-            return []
-        closed = self._windows_until(key, group, end)
-        group.closed_end = end
-        if len(group.samples):
-            group.keep(np.flatnonzero(self._last_end(group.samples.event_time) > end))
-        return closed
-
-    def _windows_until(self, key: str, group: _Group, end: int) -> list[Closed]:
-        assert self._size is not None
-        times = group.samples.event_time
-        if not len(times):
-            return []
-        last = times // self._slide
-        overlap = -(-self._size // self._slide)
-        numbers = np.unique(np.concatenate([last - back for back in range(overlap)]))
-        closed = []
-        for start in (numbers * self._slide).tolist():
-            stop = start + self._size
-            if stop > end or (group.closed_end is not None and stop <= group.closed_end):
-                continue
-            inside = np.flatnonzero((times >= start) & (times < stop))
-            if len(inside):
-                closed.append(group.window(key, inside, start, stop))
-        return closed
-
-    def _close(self, key: str, group: _Group) -> list[Closed]:
-        """All that is held, as far as it has not come out."""
-        if self._size is None:
-            closed = [group.window(key, np.arange(len(group.samples)))]
-            group.keep(np.zeros(0, np.intp))
-            return closed
-        end = int(self._last_end(group.samples.event_time).max())
-        closed = self._windows_until(key, group, end)
-        group.closed_end = max(end, group.closed_end or end)
-        group.keep(np.zeros(0, np.intp))
-        return closed
+    def _closed_by(self, key: str, group: _Group, mark: int | None) -> Iterator[Closed]:
+        """The windows that end at `mark` or before it (None: all), in their order; the group keeps the rest."""
+        if mark is not None and group.earliest + self._size > mark:
+            return
+        samples, numbers = group.join()
+        starts = group.starts[0]
+        at = np.clip(samples.event_time, -_FAR, _FAR)
+        order = np.argsort(at, kind="stable")
+        times, begins = at[order], np.sort(starts)
+        came_out = group.came_out[0]
+        before = came_out.copy()
+        place = 0
+        while place < len(begins):
+            start = int(begins[place])
+            while mark is None or start + self._size <= mark:
+                low, high = np.searchsorted(times, (start, start + self._size))
+                inside = order[low:high]
+                inside = inside[starts[inside] <= start]
+                if len(inside) == 0:
+                    break
+                new = ~came_out[inside]
+                came_out[inside] = True
+                fresh = slice(None) if new.all() else np.flatnonzero(new)
+                yield Closed(key, _pick(samples, inside), False, start, start + self._size, fresh)
+                start += self._slide
+            else:
+                break
+            place = int(np.searchsorted(begins, start))
+        self._account.out(numbers[came_out & ~before])
+        if mark is not None:
+            last = at // self._slide * self._slide
+            group.starts[0] = np.maximum(
+                starts, (mark - self._size) // self._slide * self._slide + self._slide
+            )
+            group.keep(np.flatnonzero(last + self._size > mark))
 
 
-def _in_order(samples: Samples) -> Closed:
-    times = samples.event_time
-    if len(times) > 1 and (np.diff(times) < 0).any():
-        samples = samples.take(np.argsort(times, kind="stable"))
-    return Closed("", samples)
+class _Group:
+    """The samples held for one key, in the order of arrival.
+
+    `old` counts how many of the first have come out (by count); by event time `starts` has the first
+    window still open for each sample and `came_out` whether it has come out.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.old = 0
+        self.earliest = 4 * _FAR
+        self.parts: list[Samples] = []
+        self.numbers: list[Places] = []
+        self.starts: list[Ints] = []
+        self.came_out: list[npt.NDArray[np.bool_]] = []
+
+    def append(self, part: Samples, numbers: Places, starts: Ints | None = None) -> None:
+        self.parts.append(part)
+        self.numbers.append(numbers)
+        self.rows += len(part)
+        if starts is not None:
+            self.starts.append(starts)
+            self.came_out.append(np.zeros(len(part), np.bool_))
+            self.earliest = min(self.earliest, int(starts.min()))
+
+    def join(self) -> tuple[Samples, Places]:
+        """All samples and their numbers; the parts are joined for good."""
+        if len(self.parts) > 1:
+            self.parts = [_join(self.parts)]
+            self.numbers = [np.concatenate(self.numbers)]
+            if self.starts:
+                self.starts = [np.concatenate(self.starts)]
+                self.came_out = [np.concatenate(self.came_out)]
+        return self.parts[0], self.numbers[0]
+
+    def keep(self, where: slice | Places) -> None:
+        """Let go of all but some; only after `join`."""
+        (part,) = self.parts
+        self.parts = [_cut(part, where.start, len(part)) if isinstance(where, slice) else part.take(where)]
+        self.numbers = [self.numbers[0][where]]
+        self.rows = len(self.numbers[0])
+        if self.starts:
+            self.starts = [self.starts[0][where]]
+            self.came_out = [self.came_out[0][where]]
+            self.earliest = int(self.starts[0].min(initial=4 * _FAR))
+
+
+class _Account:
+    """Which samples, numbered by arrival, have come out."""
+
+    def __init__(self) -> None:
+        self.added = 0
+        self.came_out = 0
+        self.settled = 0
+        self._flags = np.zeros(0, np.bool_)  # of the samples from `settled` on
+
+    def add(self, count: int) -> int:
+        """The number of the first of `count` new samples."""
+        self.added += count
+        return self.added - count
+
+    def out(self, numbers: Places) -> None:
+        self.came_out += len(numbers)
+        if self.came_out == self.added:
+            self.settled, self._flags = self.added, self._flags[:0]
+            return
+        if (missing := self.added - self.settled - len(self._flags)) > 0:
+            self._flags = np.concatenate((self._flags, np.zeros(missing + len(self._flags), np.bool_)))
+        self._flags[numbers - self.settled] = True
+        # One still waits, so there is a False.
+        gap = int(np.argmin(self._flags))
+        self.settled += gap
+        self._flags = self._flags[gap:]
+
+
+def _micros(seconds: float) -> int:
+    return int(min(max(1, round(seconds * 1e6)), _FAR))
+
+
+def _fit(one: Samples, other: Samples) -> bool:
+    """Whether both can lie in one window."""
+    return (
+        one.epoch == other.epoch
+        and one.values.shape[1:] == other.values.shape[1:]
+        and one.values.dtype == other.values.dtype
+        and (one.seq is None) == (other.seq is None)
+    )
+
+
+def _cut(samples: Samples, start: int, stop: int) -> Samples:
+    """A stretch of samples, as views."""
+    if start == 0 and stop == len(samples):
+        return samples
+    problems = samples.problems
+    if stop - start < len(problems):
+        here = {index - start: problems[index] for index in range(start, stop) if index in problems}
+    else:
+        here = {index - start: text for index, text in problems.items() if start <= index < stop}
+    return replace(
+        samples,
+        event_time=samples.event_time[start:stop],
+        values=samples.values[start:stop],
+        keys=samples.keys[start:stop],
+        seq=None if samples.seq is None else samples.seq[start:stop],
+        problems=here,
+    )
+
+
+def _join(parts: list[Samples]) -> Samples:
+    """Parts that fit, one after the other."""
+    keyed = any(part.keys for part in parts)
+    problems: dict[int, str] = {}
+    offset = 0
+    for part in parts:
+        problems.update({offset + index: text for index, text in part.problems.items()})
+        offset += len(part)
+    seqs = [part.seq for part in parts if part.seq is not None]
+    return replace(
+        parts[0],
+        event_time=np.concatenate([part.event_time for part in parts]),
+        values=np.concatenate([part.values for part in parts]),
+        keys=tuple(key for part in parts for key in part.keys or ("",) * len(part)) if keyed else (),
+        seq=np.concatenate(seqs) if seqs else None,
+        problems=problems,
+    )
+
+
+def _pick(samples: Samples, indices: Places) -> Samples:
+    """The samples at `indices`, as views where they are a stretch."""
+    first = int(indices[0])
+    if int(indices[-1]) - first + 1 == len(indices) and bool((np.diff(indices) == 1).all()):
+        return _cut(samples, first, first + len(indices))
+    return samples.take(indices)
+
+
+def _ordered(key: str, samples: Samples, old: int) -> Closed:
+    """A window by count, the first `old` samples of which have come out, put in order by event time."""
+    at = samples.event_time
+    if bool((at[1:] >= at[:-1]).all()):
+        return Closed(key, samples, fresh=slice(old or None, None))
+    order = np.argsort(at, kind="stable")
+    return Closed(key, samples.take(order), fresh=np.flatnonzero(order >= old) if old else slice(None))

@@ -57,8 +57,9 @@ class TrendRow(Struct, frozen=True, array_like=True):
 
     `series` is `feature:NAME` or `output:NAME`; `m2` is the sum of squared deviations from the mean
     (Chan, Golub, LeVeque 1979); `histogram` counts values per bin of the package's baseline edges
-    (`edges`, n-1 inner edges for n bins), empty when the model has no baseline for the series. `sketch`
-    is a serialised KLL sketch of floats (Apache DataSketches), for quantiles over any span of buckets.
+    (`edges`, n-1 inner edges for n bins), empty when the model has no baseline for the series. `sketch` is
+    a KLL sketch of 32-bit floats in the binary form of Apache DataSketches, for quantiles; empty without
+    values, and from an older agent.
     """
 
     bucket: int

@@ -14,6 +14,8 @@ from edgeward.wire.spec import Positive, Seconds, SpecStruct, TopicText
 PayloadFormat = Literal["json", "csv", "msgpack", "sparkplug"]
 TimeUnit = Literal["s", "ms", "us", "ns", "iso8601"]
 
+MAX_OVERLAP = 1000
+
 # --- sources ----------------------------------------------------------------------------------------
 
 
@@ -191,7 +193,8 @@ class Window(SpecStruct, frozen=True):
 class Action(SpecStruct, frozen=True):
     """What to do at once, without any network beyond the site. Exactly one of `publish`, `webhook`, `file`.
 
-    `when` is a condition over the model's outputs and the inputs (`score > 0.8 && temperature > 60`);
+    `when` is a condition (edgeward.conditions) over the model's outputs and the inputs
+    (`score > 0.8 && temperature > 60`);
     `alarm` is the verdict of the package's own decision. It must hold for `windows` windows in a row
     per key; after it ran, it does not run again for `hold` seconds nor, with `once`, before the
     condition was false. `rate` bounds runs per minute; what it suppresses is counted.
@@ -264,6 +267,10 @@ def check_stream(spec: StreamSpec) -> None:
     if window.slide is not None:
         if window.slide > length:
             raise InvalidDocument("longer than the window would skip samples", field="spec.window.slide")
+        if length / window.slide > MAX_OVERLAP and window.size is not None:
+            raise InvalidDocument(
+                f"more than {MAX_OVERLAP} windows would overlap at any time", field="spec.window.slide"
+            )
         if window.size is None and window.slide != int(window.slide):
             raise InvalidDocument("expected a whole number of samples", field="spec.window.slide")
         if window.aggregate == "none" and window.slide < length:
@@ -274,10 +281,7 @@ def check_stream(spec: StreamSpec) -> None:
     for index, action in enumerate(spec.actions):
         field = f"spec.actions[{index}]"
         check_name(action.name, f"{field}.name")
-        try:
-            compile_condition(action.when)
-        except InvalidDocument as error:
-            raise InvalidDocument(error.problem, field=f"{field}.when", hint=error.hint) from None
+        compile_condition(action.when, field=f"{field}.when")
         if sum(target is not None for target in (action.publish, action.webhook, action.file)) != 1:
             raise InvalidDocument("expected exactly one of publish, webhook and file", field=field)
     names = [action.name for action in spec.actions]
