@@ -129,8 +129,7 @@ class Queries:
         self, database: duckdb.DuckDBPyConnection, table: str, fresh: pa.Table, opened: DeltaTable | None
     ) -> None:
         """One view over both; the names come from SCHEMAS, never from a user."""
-        names = SCHEMAS[table].names
-        columns = ", ".join(f'"{name}"' for name in names)
+        columns = ", ".join(f'"{name}"' for name in SCHEMAS[table].names)
         database.register(f"{table}_journal", fresh)
         parts = [f"SELECT {columns} FROM {table}_journal"]  # noqa: S608
         if opened is not None:

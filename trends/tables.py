@@ -171,7 +171,6 @@ class Tables:
             mode="append",
             schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=_PARTITIONS[table] or None,
-            schema_mode="merge",  # tables of an older version get the new columns
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
         )
         self._between("committed")

@@ -43,6 +43,11 @@ class Gate:
         self._left = self._most = max(1.0, action.rate or 1.0)
         self._filled: float | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether a false condition would change nothing for any key."""
+        return not self._states
+
     def decide(self, key: str, holds: bool, now: float) -> Verdict:
         """The verdict on the next window of `key`; `holds` is the value of its condition."""
         action = self._action

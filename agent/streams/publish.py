@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,7 +36,7 @@ class Selection:
         self._last: Recent[tuple[Floats, bool]] = Recent()
         self._names: tuple[str, ...] = ()
 
-    def choose(self, keys: tuple[str, ...], outputs: dict[str, Column], alarms: Bools) -> Bools:
+    def choose(self, keys: tuple[str, ...], outputs: Mapping[str, Column], alarms: Bools) -> Bools:
         """For each of n results, in their order, whether it goes up: bool `[n]`.
 
         `keys` has n texts or is empty, `outputs` has a column `[n]` of numbers for each output and `alarms`
@@ -53,7 +55,7 @@ class Selection:
             case "changes":
                 return self._changes(keys, outputs, alarms)
 
-    def _uncertain(self, outputs: dict[str, Column], count: int) -> Bools:
+    def _uncertain(self, outputs: Mapping[str, Column], count: int) -> Bools:
         if self._decision is None or self._decision.output not in outputs:
             return np.zeros(count, np.bool_)
         distance = np.abs(np.asarray(outputs[self._decision.output], np.float64) - self._decision.threshold)
@@ -69,7 +71,7 @@ class Selection:
             self._since[key] = (place + rows) % every
         return chosen
 
-    def _changes(self, keys: tuple[str, ...], outputs: dict[str, Column], alarms: Bools) -> Bools:
+    def _changes(self, keys: tuple[str, ...], outputs: Mapping[str, Column], alarms: Bools) -> Bools:
         names = tuple(sorted(outputs))
         if names != self._names:  # another model: nothing can be compared
             self._names = names

@@ -24,7 +24,7 @@ from agent.state import State
 from agent.streams.actions import Gate
 from agent.streams.decode.sequence import Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
-from agent.streams.execute import Executor
+from agent.streams.execute import Executor, figures_of
 from agent.streams.infer import infer_all
 from agent.streams.positions import Positions
 from agent.streams.publish import Selection
@@ -97,7 +97,7 @@ class StreamRunner:
         self._positions = Positions()
         self._conditions = [compile_condition(action.when) for action in spec.actions]
         self._gates = [Gate(action) for action in spec.actions]
-        self._executor = Executor(spec.actions, link.publish, folder, clock)
+        self._executor = Executor(link.publish, folder, clock, spec.actions)
         self._trends = Trends(int(spec.publish.trend_bucket * 1e6))
         self._selection: Selection | None = None
         self._model: ActiveModel | None = None
@@ -434,6 +434,6 @@ class StreamRunner:
             late=counts["late"],
             dropped=counts["dropped"],
             other={name: number for name, number in counts.items() if name not in known},
-            actions=self._executor.take(),
+            actions=figures_of(self._executor.take()),
             reason=self._reason,
         )

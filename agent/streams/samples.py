@@ -35,16 +35,20 @@ class Samples:
 
     def part(self, start: int, stop: int) -> Samples:
         """The samples `start .. stop - 1`, as views."""
+        if start == 0 and stop == len(self):
+            return self
         problems = self.problems
-        if problems:
-            problems = {at - start: text for at, text in problems.items() if start <= at < stop}
+        if stop - start < len(problems):
+            here = {index - start: problems[index] for index in range(start, stop) if index in problems}
+        else:
+            here = {index - start: text for index, text in problems.items() if start <= index < stop}
         return replace(
             self,
             event_time=self.event_time[start:stop],
             values=self.values[start:stop],
             keys=self.keys[start:stop],
             seq=None if self.seq is None else self.seq[start:stop],
-            problems=problems,
+            problems=here,
         )
 
     def take(self, indices: npt.NDArray[np.intp]) -> Samples:
@@ -62,20 +66,21 @@ class Samples:
 
 
 def join(parts: list[Samples]) -> Samples:
-    """Samples of one epoch and one source, one after the other."""
+    """Samples of one epoch and one shape, one after the other."""
     if len(parts) == 1:
         return parts[0]
+    keyed = any(part.keys for part in parts)
     problems: dict[int, str] = {}
     offset = 0
     for part in parts:
         problems.update({offset + index: text for index, text in part.problems.items()})
         offset += len(part)
     numbered = [part.seq for part in parts if part.seq is not None]
-    return Samples(
-        np.concatenate([part.event_time for part in parts]),
-        np.concatenate([part.values for part in parts]),
-        tuple(key for part in parts for key in part.keys),
-        parts[0].epoch,
-        np.concatenate(numbered) if len(numbered) == len(parts) else None,
-        problems,
+    return replace(
+        parts[0],
+        event_time=np.concatenate([part.event_time for part in parts]),
+        values=np.concatenate([part.values for part in parts]),
+        keys=tuple(key for part in parts for key in part.keys or ("",) * len(part)) if keyed else (),
+        seq=np.concatenate(numbered) if numbered else None,
+        problems=problems,
     )

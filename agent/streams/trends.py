@@ -55,7 +55,7 @@ class Trends:
                     bucket, self._width, target.name, target.revision, lineage.digest, lineage.variant,
                     lineage.provider, series, item.count, item.missing, item.mean, item.m2,
                     0.0 if empty else item.minimum, 0.0 if empty else item.maximum, item.edges,
-                    item.histogram, item.sketch(),
+                    item.histogram, item.sketch.encoded(),
                 )
             )  # fmt: skip
         return rows

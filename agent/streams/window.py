@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from agent.streams.keys import MAX_KEYS, Recent, groups
-from agent.streams.samples import Samples
+from agent.streams.samples import Samples, join
 from edgeward.wire.streams import Window
 
 Ints = npt.NDArray[np.int64]
@@ -95,7 +95,7 @@ class Windows:
             closed += self.flush()
             if self._like.epoch != samples.epoch:
                 self._marks.clear()
-        self._like = _cut(samples, 0, 0)
+        self._like = samples.part(0, 0)
         first = self._account.add(len(samples))
         if self._single:
             self._account.out(np.arange(first, first + len(samples)))
@@ -150,7 +150,7 @@ class Windows:
             count = (group.rows - self._size) // self._slide + 1
             came_out = group.old
             for begin in range(0, count * self._slide, self._slide):
-                window = _cut(samples, begin, begin + self._size)
+                window = samples.part(begin, begin + self._size)
                 closed.append(_ordered(key, window, max(came_out - begin, 0)))
                 came_out = begin + self._size
             self._account.out(numbers[group.old : came_out])
@@ -255,7 +255,7 @@ class _Group:
     def join(self) -> tuple[Samples, Places]:
         """All samples and their numbers; the parts are joined for good."""
         if len(self.parts) > 1:
-            self.parts = [_join(self.parts)]
+            self.parts = [join(self.parts)]
             self.numbers = [np.concatenate(self.numbers)]
             if self.starts:
                 self.starts = [np.concatenate(self.starts)]
@@ -265,7 +265,7 @@ class _Group:
     def keep(self, where: slice | Places) -> None:
         """Let go of all but some; only after `join`."""
         (part,) = self.parts
-        self.parts = [_cut(part, where.start, len(part)) if isinstance(where, slice) else part.take(where)]
+        self.parts = [part.part(where.start, len(part)) if isinstance(where, slice) else part.take(where)]
         self.numbers = [self.numbers[0][where]]
         self.rows = len(self.numbers[0])
         if self.starts:
@@ -316,49 +316,11 @@ def _fit(one: Samples, other: Samples) -> bool:
     )
 
 
-def _cut(samples: Samples, start: int, stop: int) -> Samples:
-    """A stretch of samples, as views."""
-    if start == 0 and stop == len(samples):
-        return samples
-    problems = samples.problems
-    if stop - start < len(problems):
-        here = {index - start: problems[index] for index in range(start, stop) if index in problems}
-    else:
-        here = {index - start: text for index, text in problems.items() if start <= index < stop}
-    return replace(
-        samples,
-        event_time=samples.event_time[start:stop],
-        values=samples.values[start:stop],
-        keys=samples.keys[start:stop],
-        seq=None if samples.seq is None else samples.seq[start:stop],
-        problems=here,
-    )
-
-
-def _join(parts: list[Samples]) -> Samples:
-    """Parts that fit, one after the other."""
-    keyed = any(part.keys for part in parts)
-    problems: dict[int, str] = {}
-    offset = 0
-    for part in parts:
-        problems.update({offset + index: text for index, text in part.problems.items()})
-        offset += len(part)
-    seqs = [part.seq for part in parts if part.seq is not None]
-    return replace(
-        parts[0],
-        event_time=np.concatenate([part.event_time for part in parts]),
-        values=np.concatenate([part.values for part in parts]),
-        keys=tuple(key for part in parts for key in part.keys or ("",) * len(part)) if keyed else (),
-        seq=np.concatenate(seqs) if seqs else None,
-        problems=problems,
-    )
-
-
 def _pick(samples: Samples, indices: Places) -> Samples:
     """The samples at `indices`, as views where they are a stretch."""
     first = int(indices[0])
     if int(indices[-1]) - first + 1 == len(indices) and bool((np.diff(indices) == 1).all()):
-        return _cut(samples, first, first + len(indices))
+        return samples.part(first, first + len(indices))
     return samples.take(indices)
 
 

@@ -1,4 +1,4 @@
-"""What a stream decides, purely: quality, examples, signatures, refusals, gates, selections, positions."""
+"""What a stream decides, purely: examples, signatures, refusals, positions, topics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.streams.actions import Gate
 from agent.streams.examples import make_examples
 from agent.streams.infer import infer_all
 from agent.streams.local_link import LocalLink, StreamLink, matches
 from agent.streams.positions import Positions
-from agent.streams.publish import Selection
-from agent.streams.quality import Quality
 from agent.streams.samples import Samples
 from agent.streams.signature import match
 from agent.streams.window import Closed
@@ -25,9 +22,7 @@ from edgeward.wire.package import Decision, TensorSpec
 from edgeward.wire.streams import (
     Action,
     CameraSource,
-    Check,
     MqttSource,
-    Publish,
     Source,
     StreamSpec,
     Window,
@@ -44,46 +39,6 @@ def samples(
     return Samples(
         np.arange(first, first + count), array, keys, "e", np.arange(first, first + count), problems or {}
     )
-
-
-# --- quality --------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200)
-@given(
-    st.lists(
-        st.tuples(*[st.sampled_from([NAN, -5.0, 0.0, 0.5, 1.0, 1e300, float("inf")])] * 2),
-        min_size=1,
-        max_size=12,
-    )
-)
-def test_a_reading_that_is_missing_or_out_of_range_marks_its_sample(rows: list[tuple[float, float]]) -> None:
-    quality = Quality(["a", "b"], {"a": Check(minimum=0, maximum=1)})
-    marked = quality.apply(samples(rows)).problems
-    for index, (a, b) in enumerate(rows):
-        bad = not (np.isfinite(a) and np.isfinite(b) and 0 <= a <= 1)
-        assert (index in marked) == bad
-    missing = sum(not np.isfinite(b) for _, b in rows)
-    assert quality.counts["missing:b"] == missing
-    assert quality.counts["range:a"] == sum(a in (-5.0, 1e300, float("inf")) for a, _ in rows)
-
-
-def test_a_problem_names_the_feature_the_value_and_the_limit() -> None:
-    quality = Quality(["a", "b"], {"b": Check(maximum=10)})
-    marked = quality.apply(samples([[1, 11], [NAN, 2]], problems={1: "from the source"}))
-    assert marked.problems == {0: "b: 11 is outside -inf to 10", 1: "from the source"}
-
-
-def test_a_stuck_sensor_is_found_across_messages_and_per_key() -> None:
-    quality = Quality(["a"], {"a": Check(stuck_after=3)})
-    assert quality.apply(samples([[1], [1]], ("x", "y"))).problems == {}
-    assert quality.apply(samples([[1], [2]], ("x", "y"))).problems == {}
-    marked = quality.apply(samples([[1], [2], [1]], ("x", "y", "x"))).problems
-    assert marked == {
-        0: "a: stuck at 1 for 3 readings, limit 3",
-        2: "a: stuck at 1 for 4 readings, limit 3",
-    }
-    assert quality.apply(samples([[5]], ("x",))).problems == {}, "it moves again"
 
 
 # --- examples and signatures ----------------------------------------------------------------------
@@ -108,7 +63,7 @@ def test_each_sample_belongs_to_the_example_made_from_it() -> None:
     made = make_examples([Closed("", samples([[1]]))], "stack", 2)
     assert len(made) == 0 and made.owner.tolist() == [-1], "a window that is not full cannot be stacked"
 
-    overlapping = Closed("", samples([[1], [2], [3]]), np.array([2]))
+    overlapping = Closed("", samples([[1], [2], [3]]), fresh=np.array([2]))
     made = make_examples([overlapping], "maximum", 3)
     assert made.inputs.tolist() == [[3]] and made.samples.seq is not None
     assert made.samples.seq.tolist() == [2], "the others were accounted for by an earlier window"
@@ -212,71 +167,7 @@ def test_outputs_that_are_not_one_per_example_are_a_fault() -> None:
         infer_all(lambda rows: {"y": rows[:1]}, np.zeros((3, 1)), single=False)
 
 
-# --- gates, selections, positions -----------------------------------------------------------------
-
-
-def verdicts(action: Action, steps: list[tuple[float, bool]], key: str = "") -> list[str]:
-    gate = Gate(action)
-    return [gate.decide(key, holds, now) for now, holds in steps]
-
-
-def test_an_action_waits_for_windows_in_a_row() -> None:
-    action = Action(name="a", windows=3, publish="t")
-    steps = [(0.0, True), (1.0, True), (2.0, False), (3.0, True), (4.0, True), (5.0, True), (6.0, True)]
-    assert verdicts(action, steps) == ["counting", "counting", "idle", "counting", "counting", "run", "run"]
-
-
-def test_an_action_is_held_runs_once_and_within_its_rate() -> None:
-    held = Action(name="a", hold=10, publish="t")
-    steps = [(0.0, True), (5.0, True), (9.9, False), (9.95, True), (10.0, True)]
-    assert verdicts(held, steps) == ["run", "held", "idle", "held", "run"]
-    once = Action(name="a", once=True, publish="t")
-    assert verdicts(once, [(0.0, True), (1.0, True), (2.0, False), (3.0, True)]) == [
-        "run",
-        "once",
-        "idle",
-        "run",
-    ]
-    rated = Action(name="a", rate=2, publish="t")
-    steps = [(0.0, True), (1.0, True), (2.0, True), (29.0, True), (31.0, True), (32.0, True)]
-    assert verdicts(rated, steps) == ["run", "run", "rate", "rate", "run", "rate"]
-
-
-def test_keys_count_for_themselves_and_share_the_rate() -> None:
-    gate = Gate(Action(name="a", windows=2, rate=1, publish="t"))
-    assert [gate.decide(key, True, 0.0) for key in "abab"] == ["counting", "counting", "run", "rate"]
-    assert not gate.idle
-    assert [gate.decide(key, False, 0.0) for key in "ab"] == ["idle", "idle"] and gate.idle
-
-
-def test_results_are_selected_by_policy() -> None:
-    decision = Decision("score", 0.5)
-    scores = {"score": np.array([0.1, 0.12, 0.45, 0.46, 0.9])}
-    alarms = np.array([False, False, False, False, True])
-
-    def chosen(publish: Publish, keys: tuple[str, ...] = ()) -> list[int]:
-        return np.flatnonzero(Selection(publish, decision).choose(keys, scores, alarms)).tolist()
-
-    assert chosen(Publish()) == [0, 1, 2, 3, 4]
-    assert chosen(Publish(results="none")) == []
-    assert chosen(Publish(results="every", every=2)) == [0, 2, 4]
-    assert chosen(Publish(results="every", every=2), ("a", "b", "a", "b", "a")) == [0, 1, 4]
-    assert chosen(Publish(results="changes", tolerance=0.05)) == [0, 2, 4]
-    assert chosen(Publish(results="changes", tolerance=10)) == [0, 4], "an alarm is a change"
-    assert chosen(Publish(results="uncertain", margin=0.06)) == [2, 3]
-
-
-def test_a_policy_goes_on_across_batches() -> None:
-    every = Selection(Publish(results="every", every=3), None)
-    changes = Selection(Publish(results="changes"), None)
-    alarms = np.zeros(2, np.bool_)
-    outputs = {"y": np.array([1.0, 1.0])}
-    assert [every.choose((), outputs, alarms).tolist() for _ in range(3)] == [
-        [True, False],
-        [False, True],
-        [False, False],
-    ]
-    assert [changes.choose((), outputs, alarms).tolist() for _ in range(2)] == [[True, False], [False, False]]
+# --- positions -------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.data())
