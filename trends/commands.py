@@ -58,7 +58,7 @@ def enroll(
 
     Example: `edgeward trends enroll --url http://127.0.0.1:8470 --token-file store.token --name plant --dir store`
     """
-    from trends.store import enroll as do
+    from trends.identity import enroll as do
 
     token = read_secret(token_file)
     with naming(token_file):

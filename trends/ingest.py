@@ -202,6 +202,10 @@ class Ingester:
     def connected(self) -> bool:
         return self._link.connected
 
+    def sign_as(self, identity: SigningIdentity) -> None:
+        """Acks from now on are signed by this one: the certificate was renewed."""
+        self._identity = identity
+
     def start(self) -> None:
         self._thread.start()
         self._link.start()
