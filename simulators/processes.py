@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgeward.clock import SystemClock
 from edgeward.errors import EdgewardError
 
 _POLL = 0.05
@@ -51,9 +52,10 @@ def wait_until(
     condition: Callable[[], bool], *, what: str, timeout: float, log: Path | None = None, poll: float = _POLL
 ) -> None:
     """Raises EdgewardError saying what was waited for, with the log's end, after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    clock = SystemClock()
+    deadline = clock.monotonic() + timeout
     while not condition():
-        if time.monotonic() > deadline:
+        if clock.monotonic() > deadline:
             raise EdgewardError(_with_log(f"waited {timeout:.0f} s for {what}", log))
         time.sleep(poll)
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from edgeward.client import ControllerClient
+from edgeward.clock import Clock, SystemClock
 from edgeward.errors import Conflict, EdgewardError, UsageError
 from simulators.processes import Child, Processes
 
@@ -79,8 +79,12 @@ class Place:
     processes: Processes
     url: str
     console: Console
-    began: float = field(default_factory=time.monotonic)
+    clock: Clock = field(default_factory=SystemClock)
+    began: float = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.began = self.clock.monotonic()
 
     @property
     def token_file(self) -> Path:
@@ -92,7 +96,7 @@ class Place:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return self.clock.monotonic() - self.began
 
     def agent(self, device: str) -> Path:
         return self.folder / "agents" / device
