@@ -49,7 +49,7 @@ def sensors(
     --topic plant/north/turbine-1 --rate 100`
     """
     from edgeward.mqtt import Broker
-    from simulators.sensors import Replay, Sensor, read_samples
+    from simulators.sensors import Progress, Replay, Sensor, read_samples
 
     if any(sign in topic for sign in "+#"):
         raise UsageError("a topic to publish on has no + or #", hint="e.g. plant/north/turbine-1")
@@ -61,7 +61,12 @@ def sensors(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sensor.stop())
     name = device or topic
-    progress = sensor.run(report=lambda now: print(f"{name}: {now}", file=sys.stderr, flush=True))
+
+    def report(now: Progress) -> None:
+        said = f"sent {now.sent}/{now.total}" if plain else now
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+
+    progress = sensor.run(report=report)
     if plain:
         print(f"{name}: all {progress.total} rows are sent", flush=True)
     else:

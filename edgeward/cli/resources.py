@@ -240,7 +240,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
                     name,
                     spec["site"],
                     status.get("connection", "Unseen"),
-                    status.get("state", ""),
+                    "Revoked" if spec.get("revoked") else status.get("state", ""),
                     running,
                     age,
                 )

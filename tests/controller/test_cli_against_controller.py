@@ -73,3 +73,13 @@ def test_a_line_of_a_rollout_stays_one_line_behind_a_pipe(
         "--timeout", "0",
     )  # fmt: skip
     assert code == 1 and "has not ended yet" in said
+
+
+def test_a_revoked_device_is_shown_as_one(edgeward: Any, plant: Any) -> None:
+    plant.begin()
+    plant.enroll("d1")
+    device = plant.device("d1")
+    device["spec"]["revoked"] = True
+    plant.client.replace(device)
+    _, said = edgeward("get", "devices")
+    assert "Revoked" in said
