@@ -52,10 +52,16 @@ class Store:
         try:
             identity = Identity(self.folder, clock)
             ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock)
+            ingest.denied = identity.denied
             broker = Broker(broker_url or self.enrollment.broker)
             ingester = Ingester(ingest, self.journal, broker, identity.signer, identity.store.name)
+
+            def changed(fresh: Identity) -> None:
+                ingester.sign_as(fresh.signer)
+                ingest.denied = fresh.denied
+
             threading.Thread(
-                target=identity.keep_fresh, args=(stop, ingester.sign_as), name="renewal", daemon=True
+                target=identity.keep_fresh, args=(stop, changed), name="renewal", daemon=True
             ).start()
             ingester.start()
             ready.set()

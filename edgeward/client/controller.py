@@ -200,6 +200,10 @@ class DeviceClient:
         headers = {"Content-Type": "application/octet-stream", "Edgeward-Topic": topic}
         self.http.request("POST", "/device/v1/messages", content=envelope, headers=headers)
 
+    def denied(self) -> bytes:
+        """The signed deny-list (DSSE)."""
+        return self.http.request("GET", "/device/v1/denied").content
+
     def renew(self, request: RenewRequest) -> EnrollResponse:
         answer = self.http.request("POST", "/device/v1/renew", json=msgspec.to_builtins(request))
         return _decode(answer.content, EnrollResponse)
