@@ -13,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from edgeward.cli.context import naming, read_secret
 from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
 
@@ -45,11 +46,9 @@ def enroll(
     """
     from agent.identity import enroll as do
 
-    try:
-        token = token_file.read_text().strip()
-    except OSError as error:
-        raise UsageError(f"cannot read {token_file}: {error.strerror}") from None
-    answer = do(folder, url, token, name, parse_labels(label))
+    token = read_secret(token_file)
+    with naming(token_file):
+        answer = do(folder, url, token, name, parse_labels(label))
     out.print(f"enrolled device {answer.name} at site {answer.sites[0]}")
 
 

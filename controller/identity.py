@@ -242,6 +242,16 @@ class Authority:
             row = records.certificate(session, keyid)
             return row.der if row else None
 
+    def denied(self) -> list[str]:
+        """The devices' certificates that `check_permitted` refuses, though their time has not ended."""
+        with self._store.reading() as session:
+            devices = {row.name: row.spec["revoked"] for row in resources.find(session, "Device")}
+            return sorted(
+                row.keyid
+                for row in records.certificates_valid_at(session, self._clock.now(), "device")
+                if row.revoked or devices.get(row.name, True)
+            )
+
     def check_permitted(self, identity: Identity, keyid: str) -> None:
         """The deny-list. Raises Forbidden for a revoked certificate, a revoked or deleted device."""
         with self._store.reading() as session:

@@ -27,8 +27,11 @@ from edgeward.errors import Conflict, EdgewardError, TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link, Message
 from edgeward.storage import sha256_hex, write_atomic
+from edgeward.trust import dsse
 from edgeward.trust.keys import load_or_create, public_pem
 from edgeward.wire import topics
+from edgeward.wire.denied import PAYLOAD_TYPE, Denied
+from edgeward.wire.denied import encode as encode_denied
 from edgeward.wire.package import Manifest, decode_manifest
 from edgeward.wire.resources import model_version_name
 
@@ -122,6 +125,11 @@ class Controller:
             return url
         _, port, _ = Broker(url).endpoint()
         return f"mqtt://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def signed_denied(self) -> bytes:
+        """The deny-list of now, for those who check signatures without asking here each time."""
+        denied = Denied(self.clock.now(), self.authority.denied())
+        return dsse.sign(encode_denied(denied), PAYLOAD_TYPE, self._desired_key)
 
     # tokens
 

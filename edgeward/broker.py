@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from edgeward.clock import SystemClock
 from edgeward.errors import EdgewardError, MissingDependency
 
 _CONFIG = """\
@@ -102,9 +103,10 @@ class EmbeddedBroker:
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + timeout
+        clock = SystemClock()
+        deadline = clock.monotonic() + timeout
         while not accepts(self.host, self.port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._process.poll() is not None or clock.monotonic() > deadline:
                 self.stop()
                 raise EdgewardError(
                     "the embedded broker did not start", hint=f"see {self._folder}/broker.log"

@@ -14,6 +14,8 @@ from edgeward.wire.package import Runtime
 
 SNIFF_BYTES = 64
 
+_NAMES: dict[Runtime, str] = {"onnx": "an ONNX", "tflite": "a TFLite"}
+
 _PICKLE = re.compile(rb"\x80[\x02-\x05]|\(dp|\(lp|c[a-z_.]+\n", re.DOTALL)
 
 
@@ -47,5 +49,5 @@ def check_model_head(head: bytes, runtime: Runtime, source: str) -> None:
     elif not head:
         what = "empty"
     else:
-        what = f"not an {runtime.upper()} model"
-    raise PackageError(f"{source}: expected an {runtime.upper()} model, the file is {what}")
+        what = f"not {_NAMES[runtime]} model"
+    raise PackageError(f"{source}: expected {_NAMES[runtime]} model, the file is {what}")

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from edgeward.documents import load_yaml, read_text
 from edgeward.errors import InvalidDocument
-from edgeward.wire.resources import APPLICABLE, Resource, parse_resource
+from edgeward.fields import explain
+from edgeward.wire.resources import APPLICABLE, SPECS, Resource, parse_resource
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -19,6 +19,11 @@ def read_resources(paths: list[Path]) -> list[Resource]:
 
     Ordered so that what is referred to comes first. Raises InvalidDocument.
     """
+    return [resource for _, resource in read_named(paths)]
+
+
+def read_named(paths: list[Path]) -> list[tuple[str, Resource]]:
+    """Like `read_resources`, each with the name of the file, and document in it, that it stands in."""
     found: list[tuple[str, Resource]] = []
     for path in paths:
         if str(path) == "-":
@@ -28,9 +33,9 @@ def read_resources(paths: list[Path]) -> list[Resource]:
             if not files:
                 raise InvalidDocument("holds no .yaml, .yml or .json file", source=str(path))
             for file in files:
-                found += _parse(_read(file), str(file))
+                found += _parse(read_text(file), str(file))
         else:
-            found += _parse(_read(path), str(path))
+            found += _parse(read_text(path), str(path))
     seen: dict[tuple[str, str], str] = {}
     for source, resource in found:
         key = (resource.kind, resource.metadata.name)
@@ -39,33 +44,20 @@ def read_resources(paths: list[Path]) -> list[Resource]:
                 f"{key[0]} {key[1]} stands in {seen[key]} already", source=source, field="metadata.name"
             )
         seen[key] = source
-    return sorted((resource for _, resource in found), key=lambda item: APPLICABLE.index(item.kind))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidDocument(f"cannot read it: {error.strerror}", source=str(path)) from None
-    except UnicodeDecodeError:
-        raise InvalidDocument("not a text file in UTF-8", source=str(path)) from None
+    return sorted(found, key=lambda item: APPLICABLE.index(item[1].kind))
 
 
 def _parse(text: str, source: str) -> list[tuple[str, Resource]]:
-    try:
-        documents: list[Any] = [item for item in yaml.safe_load_all(text) if item is not None]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise InvalidDocument(
-            f"not valid YAML: {getattr(error, 'problem', None) or error}", source=where
-        ) from None
+    documents = load_yaml(text, source)
     if not documents:
         raise InvalidDocument("holds no document", source=source)
     resources = []
     for index, document in enumerate(documents):
         label = source if len(documents) == 1 else f"{source} (document {index + 1})"
-        resource = parse_resource(document, source=label)
+        try:
+            resource = parse_resource(document, source=label)
+        except InvalidDocument as error:
+            raise _explained(error, document) from None
         if resource.kind not in APPLICABLE:
             raise InvalidDocument(
                 f"a {resource.kind} cannot be applied",
@@ -75,3 +67,13 @@ def _parse(text: str, source: str) -> list[tuple[str, Resource]]:
             )
         resources.append((label, resource))
     return resources
+
+
+def _explained(error: InvalidDocument, document: Any) -> InvalidDocument:
+    """The same error; an unknown field's also says which fields there are at that place."""
+    type_: Any = Resource
+    path = error.field
+    if path == "spec" or path.startswith(("spec.", "spec[")):
+        type_, path = SPECS[document["kind"]], path.removeprefix("spec").lstrip(".")
+    problem = explain(error.problem, type_, path)
+    return InvalidDocument(problem, source=error.source, field=error.field, hint=error.hint)

@@ -58,7 +58,7 @@ def train(
         str, typer.Option(help="Your CSV: numbers with a header; column `label` holds 0 or 1.")
     ] = "",
     model: Annotated[str, typer.Option(help="The model's name.")] = "",
-    version: Annotated[int, typer.Option(min=1, help="The version to make.", show_default="1")] = 0,
+    version: Annotated[int | None, typer.Option(min=1, help="The version to make.", show_default="1")] = None,
     folder: Annotated[Path | None, typer.Option("--out", help="The package folder to write.")] = None,
     share: Annotated[
         str, typer.Option("--train", help="Share of rows to train on.", show_default="0:0.7")

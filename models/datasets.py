@@ -130,12 +130,16 @@ def load_csv(path: Path, features: list[str] | None = None) -> Dataset:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InvalidDocument(f"cannot read it: {error}", source=str(path)) from None
-    if len(lines) < 2:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            # An empty line, as editors leave one at the end, is no row.
+            numbered = [(reader.line_num, line) for line in reader if line]
+    except OSError as error:
+        raise InvalidDocument(f"cannot read it: {error.strerror}", source=str(path)) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidDocument(f"not a CSV file in UTF-8: {error}", source=str(path)) from None
+    if not header or not numbered:
         raise InvalidDocument("expected a header line and rows", source=str(path))
-    header = [name.strip() for name in lines[0]]
     repeated = [name for index, name in enumerate(header) if name in header[:index]]
     if repeated:
         raise InvalidDocument(f"has two columns {repeated[0]!r}", source=str(path))
@@ -145,34 +149,36 @@ def load_csv(path: Path, features: list[str] | None = None) -> Dataset:
         raise InvalidDocument(
             f"has no column {missing[0]!r}", source=str(path), hint=f"its columns are {', '.join(header)}"
         )
+    if not wanted:
+        raise InvalidDocument(f"expected a column besides {LABEL!r}", source=str(path))
     columns = [header.index(name) for name in wanted]
     label = header.index(LABEL) if LABEL in header else None
-    values = np.empty((len(lines) - 1, len(wanted)), np.float32)
-    labels = np.zeros(len(lines) - 1, np.int8)
-    for number, line in enumerate(lines[1:]):
+    values = np.empty((len(numbered), len(wanted)), np.float64)
+    labels = np.zeros(len(numbered), np.int8)
+    for row, (number, line) in enumerate(numbered):
+        source = f"{path}:{number}"
         if len(line) != len(header):
-            raise InvalidDocument(
-                f"has {len(line)} cells, expected {len(header)}", source=f"{path}:{number + 2}"
-            )
+            raise InvalidDocument(f"has {len(line)} cells, expected {len(header)}", source=source)
         for target, column in enumerate(columns):
             try:
-                values[number, target] = float(line[column])
+                values[row, target] = float(line[column])
             except ValueError:
                 raise InvalidDocument(
-                    f"expected a number, got {line[column]!r}",
-                    source=f"{path}:{number + 2}",
-                    field=header[column],
+                    f"expected a number, got {line[column]!r}", source=source, field=header[column]
                 ) from None
         if label is not None:
             if line[label].strip() not in ("0", "1"):
-                raise InvalidDocument(
-                    f"expected 0 or 1, got {line[label]!r}", source=f"{path}:{number + 2}", field=LABEL
-                )
-            labels[number] = int(line[label])
-    if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        raise InvalidDocument("expected a finite number", source=f"{path}:{row + 2}", field=wanted[column])
-    return Dataset(path.stem, wanted, values, None if label is None else labels)
+                raise InvalidDocument(f"expected 0 or 1, got {line[label]!r}", source=source, field=LABEL)
+            labels[row] = int(line[label])
+    fits = np.abs(values) <= np.finfo(np.float32).max  # false for NaN, too
+    if not fits.all():
+        row, column = np.argwhere(~fits)[0]
+        raise InvalidDocument(
+            f"expected a finite number of 32 bits, got {values[row, column]:g}",
+            source=f"{path}:{numbered[row][0]}",
+            field=wanted[column],
+        )
+    return Dataset(path.stem, wanted, values.astype(np.float32), None if label is None else labels)
 
 
 def write_csv(dataset: Dataset, path: Path) -> None:

@@ -124,7 +124,12 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 def _onnx_spec(item: Any, source: str) -> TensorSpec:
     if item.type not in _ONNX_TYPES:
-        raise PackageError(f"{source}: tensor {item.name} has type {item.type}, which is not supported")
+        # What skl2onnx makes of a classifier's probabilities by default.
+        of_maps = item.type.startswith("seq(map(")
+        raise PackageError(
+            f"{source}: tensor {item.name} has type {item.type}, expected a tensor of numbers or text",
+            hint="with skl2onnx, convert with options={'zipmap': False}" if of_maps else "",
+        )
     shape = [size if isinstance(size, int) else -1 for size in item.shape]
     return TensorSpec(item.name, _ONNX_TYPES[item.type], shape)
 

@@ -1,4 +1,7 @@
-"""Build, check and read model packages: `manifest.json` and `blobs/<sha256>` in one folder."""
+"""Build, check and read model packages: one folder with `manifest.json` and `blobs/<sha256>`.
+
+`manifest.sha256` holds the manifest's digest, so that a damage before signing is found, too.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,9 @@ from edgeward.wire.package import (
 from edgeward.wire.tensors import pack_elements, unpack_elements
 
 Floats = npt.NDArray[np.float32]
+
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
 
 BASELINE_BINS = 10
 GOLDEN_ATOL, GOLDEN_RTOL = 1e-4, 1e-3
@@ -173,7 +179,8 @@ def write_package(
         )
         content = msgspec.json.encode(manifest, order="deterministic")
         decode_manifest(content)
-        write_atomic(staging / "manifest.json", content)
+        write_atomic(staging / MANIFEST, content)
+        write_atomic(staging / DIGEST, f"{sha256_hex(content)}\n".encode())
         if folder.exists():
             folder.rmdir()
         staging.rename(folder)
@@ -188,21 +195,30 @@ def _store(staging: Path, content: bytes, media_type: str) -> Blob:
     return Blob(digest, len(content), media_type)
 
 
-def load_package(folder: Path) -> Package:
-    """Read a package folder and check every byte of it.
-
-    Raises InvalidDocument for a bad manifest, DigestMismatch for a changed blob, PackageError for a
-    missing one or one of a refused format.
-    """
-    path = folder / "manifest.json"
+def _read(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InvalidDocument(
             f"cannot read it: {error.strerror}",
             source=str(path),
-            hint="expected a folder made by `edgeward train`",
+            hint="expected a folder made by `edgeward train` or `edgeward package create`",
         ) from None
+
+
+def load_package(folder: Path) -> Package:
+    """Read a package folder and check every byte of it.
+
+    Raises InvalidDocument for a bad manifest, DigestMismatch for a changed manifest or blob, PackageError
+    for a missing one or one of a refused format.
+    """
+    path = folder / MANIFEST
+    content, digest = _read(path), _read(folder / DIGEST)
+    if digest.strip() != sha256_hex(content).encode():
+        raise DigestMismatch(
+            f"{path}: its SHA-256 is not the one in {folder / DIGEST}; the package was changed",
+            hint="make it again, or take another copy",
+        )
     package = Package(folder, decode_manifest(content, source=str(path)), content)
     for blob in package.manifest.blobs():
         file = package.blob(blob)

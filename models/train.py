@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import yaml
 from msgspec import Struct
 
 from edgeward.clock import Clock
+from edgeward.documents import load_yaml, read_text
 from edgeward.errors import InvalidDocument, PackageError
+from edgeward.fields import explain, split_error
 from edgeward.identifiers import check_name
 from edgeward.wire.package import GoldenVectors, Lineage
 from models import metrics, recipes
@@ -49,19 +50,14 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_training(path: Path) -> Training:
     """Raises InvalidDocument naming file and field."""
+    documents = load_yaml(read_text(path), str(path))
+    if len(documents) != 1:
+        raise InvalidDocument(f"holds {len(documents)} documents, expected one", source=str(path))
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidDocument(f"cannot read it: {error.strerror}", source=str(path)) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidDocument(
-            f"not valid YAML: {getattr(error, 'problem', error)}", source=str(path)
-        ) from None
-    try:
-        training: Training = msgspec.convert(document, type=Training)
+        training: Training = msgspec.convert(documents[0], type=Training)
     except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        raise InvalidDocument(text, source=str(path), field=where.strip("`.")) from None
+        text, field = split_error(error)
+        raise InvalidDocument(explain(text, Training, field), source=str(path), field=field) from None
     if training.data:
         training = msgspec.structs.replace(training, data=str(path.parent / training.data))
     return training

@@ -25,8 +25,6 @@ def sensors(
     data: Annotated[Path, typer.Option("--data", help="CSV file; a column `label` is never sent.")],
     broker: Annotated[str, typer.Option("--broker", help="mqtt://host:port")],
     topic: Annotated[str, typer.Option("--topic", help="The topic that the stream's source names.")],
-    device: Annotated[str, typer.Option("--device", help="The device that reads it (for --produced).")],
-    stream: Annotated[str, typer.Option("--stream", help="The stream that reads it (for --produced).")],
     rate: Annotated[float, typer.Option("--rate", min=0.001, help="Rows per second of real time.")],
     batch: Annotated[int, typer.Option("--batch", min=1, max=1000, help="Rows per message at most.")] = 16,
     speed: Annotated[
@@ -38,25 +36,41 @@ def sensors(
     produced: Annotated[
         Path | None, typer.Option("--produced", help="Append here, as JSON lines, what was produced.")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="The device that reads it (for --produced).")] = "",
+    stream: Annotated[str, typer.Option("--stream", help="The stream that reads it (for --produced).")] = "",
     rows: Annotated[str, typer.Option("--rows", help="a:b, row numbers, or shares as 0.7:1.0.")] = ":",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Send once, without numbers: for a stream without `sequence`.")
+    ] = False,
 ) -> None:
     """Replay a CSV file as a live sensor until the agent has every row durably.
 
     Example: `edgeward simulate sensors --data held-out.csv --broker mqtt://127.0.0.1:1883
-    --topic plant/north/turbine-1 --device turbine-1 --stream vibration --rate 100`
+    --topic plant/north/turbine-1 --rate 100`
     """
     from edgeward.mqtt import Broker
-    from simulators.sensors import Replay, Sensor, read_samples
+    from simulators.sensors import Progress, Replay, Sensor, read_samples
 
     if any(sign in topic for sign in "+#"):
         raise UsageError("a topic to publish on has no + or #", hint="e.g. plant/north/turbine-1")
+    if produced is not None and (plain or not device or not stream):
+        raise UsageError("--produced needs --device and --stream, and a sensor that is not --plain")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
-    replay = Replay(topic, device, stream, rate=rate, speed=speed, batch=batch, window=window)
+    replay = Replay(topic, device, stream, rate=rate, speed=speed, batch=batch, window=window, plain=plain)
     sensor = Sensor(Broker(broker), replay, read_samples(data, rows), produced=produced)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sensor.stop())
-    progress = sensor.run(report=lambda now: print(f"{device}: {now}", file=sys.stderr, flush=True))
-    print(f"{device}: all {progress.total} rows are durable, {progress.repeats} repeats", flush=True)
+    name = device or topic
+
+    def report(now: Progress) -> None:
+        said = f"sent {now.sent}/{now.total}" if plain else now
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+
+    progress = sensor.run(report=report)
+    if plain:
+        print(f"{name}: all {progress.total} rows are sent", flush=True)
+    else:
+        print(f"{name}: all {progress.total} rows are durable, {progress.repeats} repeats", flush=True)
 
 
 def demo(
@@ -67,7 +81,9 @@ def demo(
     serve: Annotated[
         bool, typer.Option("--serve", help="Leave all running afterwards, until Ctrl-C.")
     ] = False,
-    port: Annotated[int, typer.Option("--port", help="The controller's port; 0: a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="The controller's port; 0: a free one.")
+    ] = 0,
     configs: Annotated[
         Path | None, typer.Option("--configs", help="Folder with demo/ and demo-rollouts/.")
     ] = None,

@@ -1,7 +1,8 @@
 """Child processes: started, waited for, killed and ended, each by its own process id.
 
 Every child leads a session of its own, so that Ctrl-C in a terminal reaches this process alone and the
-children end in order; a child's own workers belong to its group and end with it.
+children end in order; a child's own workers belong to its group and end with it. A SIGKILL to this process
+ends them, too, by way of a watchman.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +19,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgeward.clock import SystemClock
 from edgeward.errors import EdgewardError
 
 _POLL = 0.05
+
+#: Ends the groups that it was told of once its standard input closes: when its parent was killed, too.
+_WATCHMAN = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    sign, group = line[0], int(line[1:])
+    groups.add(group) if sign == "+" else groups.discard(group)
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+"""
 
 
 def tail(path: Path, lines: int = 12) -> str:
@@ -35,9 +52,10 @@ def wait_until(
     condition: Callable[[], bool], *, what: str, timeout: float, log: Path | None = None, poll: float = _POLL
 ) -> None:
     """Raises EdgewardError saying what was waited for, with the log's end, after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    clock = SystemClock()
+    deadline = clock.monotonic() + timeout
     while not condition():
-        if time.monotonic() > deadline:
+        if clock.monotonic() > deadline:
             raise EdgewardError(_with_log(f"waited {timeout:.0f} s for {what}", log))
         time.sleep(poll)
 
@@ -53,6 +71,36 @@ def _end_group(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+class Watchman:
+    """A process of its own that ends this one's children when this one is killed and cannot."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _WATCHMAN], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def guard(self, group: int) -> None:
+        self._tell(f"+{group}")
+
+    def release(self, group: int) -> None:
+        """It has ended: its number may soon be somebody else's."""
+        self._tell(f"-{group}")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        # Without a watchman everything still works; only a SIGKILL to this process leaves children.
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def dismiss(self) -> None:
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        self._process.wait()
+
+
 @dataclass
 class Child:
     """A running child; standard output and error go to `log`."""
@@ -61,11 +109,14 @@ class Child:
     arguments: list[str]
     log: Path
     environment: Mapping[str, str]
+    watchman: Watchman
     process: subprocess.Popen[bytes] = field(init=False)
     started: int = field(init=False, default=0)
 
     def start(self) -> None:
         """Start it, or start it again after its end; the log goes on."""
+        if hasattr(self, "process"):
+            self.watchman.release(self.process.pid)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.started = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as output:
@@ -77,6 +128,7 @@ class Child:
                 env=dict(self.environment),
                 start_new_session=True,
             )
+        self.watchman.guard(self.process.pid)
 
     @property
     def pid(self) -> int:
@@ -131,7 +183,9 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout)
         _end_group(self.process)
-        return self.process.wait()
+        code = self.process.wait()
+        self.watchman.release(self.process.pid)
+        return code
 
 
 class Processes:
@@ -143,6 +197,7 @@ class Processes:
         self.children: dict[str, Child] = {}
         self._commands: set[subprocess.Popen[str]] = set()
         self._writing = threading.Lock()
+        self._watchman = Watchman()
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -152,7 +207,7 @@ class Processes:
         before = self.children.get(name)
         if before is not None and before.running:
             raise EdgewardError(f"{name} is running already")
-        child = Child(name, arguments, self.log(name), self.environment)
+        child = Child(name, arguments, self.log(name), self.environment, self._watchman)
         child.start()
         self.children[name] = child
         return child
@@ -179,6 +234,7 @@ class Processes:
             start_new_session=True,
         )
         self._commands.add(process)
+        self._watchman.guard(process.pid)
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -188,6 +244,7 @@ class Processes:
         finally:
             self._commands.discard(process)
             _end_group(process)
+            self._watchman.release(process.pid)
         with self._writing, self.log("commands").open("a", encoding="utf-8") as file:
             file.write(f"$ {' '.join(arguments)}\n{output}{errors}[exit {process.returncode}]\n")
         return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
@@ -207,7 +264,10 @@ class Processes:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stop_all()
+        try:
+            self.stop_all()
+        finally:
+            self._watchman.dismiss()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ class Replay:
     `rate` is rows per second of real time, `speed` how many times faster than real time the event clock
     runs: two rows lie `speed / rate` seconds of event time apart. `start` is the event time of the first
     row (seconds since 1970); None: so that the last row happens now. `window` rows may be unacknowledged.
+    A `plain` sensor numbers nothing and waits for no ack, as most do: each row is sent once.
     """
 
     topic: str
@@ -48,6 +49,7 @@ class Replay:
     batch: int = 16
     window: int = 512
     start: float | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Sensor:
         self._link = Link(
             broker,
             f"sensor-{replay.device}-{self.epoch}",
-            subscriptions=(f"{replay.topic}/ack",),
+            subscriptions=() if replay.plain else (f"{replay.topic}/ack",),
             on_message=self._acked,
             on_connect=self._reconnected,
             max_reconnect_delay=1.0,
@@ -223,14 +225,17 @@ class Sensor:
                 )
             if chosen is None:
                 return
-            self._link.publish(self._replay.topic, self._encode(chosen))
+            plain = self._replay.plain
+            self._link.publish(self._replay.topic, self._encode(chosen), qos=0 if plain else 1)
+            if plain:
+                with self._lock:
+                    self._state = sender.acknowledge(self._state, chosen.last, now)
 
     def _encode(self, chosen: sender.Range) -> bytes:
         return json.dumps(
             [
-                {
-                    "epoch": self.epoch,
-                    "seq": seq,
+                ({} if self._replay.plain else {"epoch": self.epoch, "seq": seq})
+                | {
                     "t": round(self._start + seq * self._period, 6),
                     "values": self._samples[seq],
                 }

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from edgeward.cli.context import naming, read_secret
 from edgeward.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
@@ -57,13 +58,11 @@ def enroll(
 
     Example: `edgeward trends enroll --url http://127.0.0.1:8470 --token-file store.token --name plant --dir store`
     """
-    from trends.store import enroll as do
+    from trends.identity import enroll as do
 
-    try:
-        token = token_file.read_text().strip()
-    except OSError as error:
-        raise UsageError(f"cannot read {token_file}: {error.strerror}") from None
-    answer = do(folder, url, token, name)
+    token = read_secret(token_file)
+    with naming(token_file):
+        answer = do(folder, url, token, name)
     out.print(f"enrolled trend store {answer.name} for {', '.join(answer.sites)}")
 
 

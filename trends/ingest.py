@@ -83,6 +83,8 @@ class Ingest:
         self._clock = clock
         self._decoders = {lane: msgspec.msgpack.Decoder(kind) for lane, kind in ROW_TYPES.items()}
         self.counts: Counter[str] = Counter()
+        self.denied: frozenset[str] = frozenset()
+        """Key ids of certificates that are refused although their time has not ended."""
 
     def handle(self, topic: str, payload: bytes) -> Reply | None:
         """Store what is new in one message; to be called inside `journal.transaction()`.
@@ -114,6 +116,8 @@ class Ingest:
         return None
 
     def _check_sender(self, opened: Opened, name: DeviceName) -> None:
+        if opened.keyid in self.denied:
+            raise TrustError(f"{opened.identity} is revoked")
         if not isinstance(opened.identity, DeviceIdentity) or opened.identity.name != name:
             raise TrustError(f"signed by {opened.identity}, which is not {name}")
         if name.site not in self._sites:
@@ -201,6 +205,10 @@ class Ingester:
     @property
     def connected(self) -> bool:
         return self._link.connected
+
+    def sign_as(self, identity: SigningIdentity) -> None:
+        """Acks from now on are signed by this one: the certificate was renewed."""
+        self._identity = identity
 
     def start(self) -> None:
         self._thread.start()

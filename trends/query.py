@@ -6,6 +6,8 @@ time). Rows that still wait in the journal are part of every answer.
 
 from __future__ import annotations
 
+import datetime
+
 import duckdb
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -30,6 +32,16 @@ def interval(text: str) -> str:
             f"{text!r} is not a width of time", hint="expected a number and s, m, h or d, e.g. 10m"
         )
     return f"INTERVAL {int(number)} {_UNITS[unit]}"
+
+
+def _check_time(name: str, text: str) -> None:
+    # DuckDB would not look at it where there is no row to compare it with.
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(
+            f"{name}: {text!r} is not a time", hint="expected e.g. 2026-03-01 or 2026-03-01T06:00Z"
+        ) from None
 
 
 class Queries:
@@ -76,6 +88,11 @@ class Queries:
         for column in group_by:
             if column not in GROUPS:
                 raise UsageError(f"cannot group by {column!r}", hint=f"one of {', '.join(GROUPS)}")
+        if not series.startswith(("output:", "feature:")):
+            raise UsageError(f"{series!r} is not a series", hint="expected output:NAME or feature:NAME")
+        for name, text in (("since", since), ("until", until)):
+            if text:
+                _check_time(name, text)
         keys = "".join(f"{column}, " for column in group_by)
         conditions, parameters = ["series = ?"], [series]
         filters = (

@@ -1,4 +1,4 @@
-"""A trend store in one folder: its identity, its journal, its tables, and the serving loop."""
+"""A trend store in one folder: its journal, its tables, and the serving loop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ import os
 import threading
 from pathlib import Path
 
-import msgspec
-
-from edgeward.client import ControllerClient
 from edgeward.clock import Clock
-from edgeward.errors import Conflict, NotFound, UsageError
-from edgeward.identifiers import check_name
+from edgeward.errors import Conflict
 from edgeward.mqtt import Broker
-from edgeward.storage import write_atomic
-from edgeward.trust.certificates import (
-    StoreIdentity,
-    TrustAnchor,
-    load_certificate_pem,
-    make_csr,
-    to_der,
-)
-from edgeward.trust.keys import SigningIdentity, load_or_create
-from edgeward.wire.enrollment import EnrollRequest, EnrollResponse
+from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
@@ -36,33 +23,12 @@ FLUSH_SECONDS = 5.0
 FLUSH_ROWS = 20_000
 
 
-def enroll(folder: Path, url: str, token: str, name: str) -> EnrollResponse:
-    """Get a certificate for a trend store: token -> key pair -> request -> certificate.
-
-    Raises Conflict when the folder is enrolled already, UsageError for a device's token.
-    """
-    check_name(name)
-    if (folder / "enrollment.json").exists():
-        raise Conflict(f"{folder} is enrolled already", hint="choose another --dir")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = load_or_create(folder / "identity.key")
-    with ControllerClient(url) as client:
-        answer = client.enroll(EnrollRequest(token, name, make_csr(key, name)))
-    if answer.role != "store":
-        raise UsageError("this token is for a device", hint="edgeward token create --role store --site SITE")
-    write_atomic(folder / "identity.pem", answer.certificate.encode())
-    write_atomic(folder / "enrollment.json", msgspec.json.encode(answer))
-    return answer
-
-
 class Store:
     """Opens what `enroll` has made. Raises NotFound when there is nothing."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "enrollment.json").exists():
-            raise NotFound(f"{folder} is no trend store", hint="run `edgeward trends enroll` first")
         self.folder = folder
-        self.enrollment = msgspec.json.decode((folder / "enrollment.json").read_bytes(), type=EnrollResponse)
+        self.enrollment = read_enrollment(folder)
         self.journal = Journal(folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
         self.queries = Queries(self.tables, self.journal)
@@ -84,15 +50,19 @@ class Store:
             os.close(lock)
             raise Conflict(f"another process serves {self.folder}", hint="stop it first") from None
         try:
-            certificate = load_certificate_pem((self.folder / "identity.pem").read_text())
-            identity = SigningIdentity(load_or_create(self.folder / "identity.key"), to_der(certificate))
-            anchor = TrustAnchor(self.enrollment.trust.ca)
-            myself = anchor.verify(certificate, clock.now())
-            if not isinstance(myself, StoreIdentity):
-                raise UsageError(f"{self.folder} holds the identity of {myself}")
-            ingest = Ingest(self.journal, anchor, myself.sites, clock)
+            identity = Identity(self.folder, clock)
+            ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock)
+            ingest.denied = identity.denied
             broker = Broker(broker_url or self.enrollment.broker)
-            ingester = Ingester(ingest, self.journal, broker, identity, myself.name)
+            ingester = Ingester(ingest, self.journal, broker, identity.signer, identity.store.name)
+
+            def changed(fresh: Identity) -> None:
+                ingester.sign_as(fresh.signer)
+                ingest.denied = fresh.denied
+
+            threading.Thread(
+                target=identity.keep_fresh, args=(stop, changed), name="renewal", daemon=True
+            ).start()
             ingester.start()
             ready.set()
             try:

@@ -79,6 +79,12 @@ def _newest(controller: Controller, device: str, newer_than: int) -> bytes | Non
         return row.envelope if row is not None and row.content and row.generation > newer_than else None
 
 
+@router.get("/device/v1/denied")
+def denied(controller: Service, who: Device) -> Response:
+    """The signed deny-list: what a trend store must refuse, which gets its rows from a broker."""
+    return Response(controller.signed_denied(), media_type="application/json")
+
+
 @router.post("/device/v1/messages")
 def message(request: Request, controller: Service, who: Device, body: MessageBody) -> Response:
     """The same messages as over MQTT, for where it is blocked; a device speaks for itself only."""

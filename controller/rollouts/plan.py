@@ -211,11 +211,10 @@ def _start_wave(spec: RolloutSpec, draft: _Draft, target: ModelRef, fleet: Mappi
     )
     chosen = free[: max(0, reach - len(touched & fleet.keys()))]
     draft.set(waves=[*draft.status.waves, WaveStatus(devices=chosen, started_at=draft.now)])
-    draft.event(
-        "WaveStarted",
-        f"{target.model}:{target.version} to {len(chosen)} device{'s' * (len(chosen) != 1)}: "
-        f"{_names(chosen)}",
+    whom = (
+        f"{len(chosen)} device{'s' * (len(chosen) != 1)}: {_names(chosen)}" if chosen else "no further device"
     )
+    draft.event("WaveStarted", f"{target.model}:{target.version} to {whom}")
     draft.move("Progressing")
     return True
 
@@ -289,7 +288,8 @@ def _judge(
     wave = draft.wave(
         held_since=(wave.held_since if wave.held_since is not None else draft.now) if held else None
     )
-    if wave.held_since is not None and draft.now - wave.held_since >= spec.gate.soak:
+    soak = spec.gate.soak if present else 0.0  # there is nobody to watch in an empty wave
+    if wave.held_since is not None and draft.now - wave.held_since >= soak:
         draft.wave(passed_at=draft.now)
         draft.event(
             "WavePassed", f"{len(succeeded)} of {len(present)} devices run {target.model}:{target.version}",

@@ -41,6 +41,15 @@ def certificates_of(session: Session, name: str) -> list[CertificateRow]:
     return list(session.exec(select(CertificateRow).where(CertificateRow.name == name)))
 
 
+def certificates_valid_at(session: Session, now: float, role: str) -> list[CertificateRow]:
+    """Those whose time has not ended, revoked ones too."""
+    return list(
+        session.exec(
+            select(CertificateRow).where(CertificateRow.role == role, col(CertificateRow.expires_at) > now)
+        )
+    )
+
+
 def revoke_certificates(session: Session, name: str) -> int:
     """Put every certificate of `name` on the deny-list; how many were not on it."""
     done = session.exec(

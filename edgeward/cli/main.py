@@ -61,6 +61,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None:
+            raise
+        errors.print(f"error: {error.filename}: {error.strerror}", markup=False, style="red")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -15,13 +15,20 @@ from rich.table import Table
 
 from edgeward.cli.context import TokenFile, Url, connect
 from edgeward.client import ControllerClient
-from edgeward.errors import UsageError
-from edgeward.manifests import read_resources
+from edgeward.clock import SystemClock
+from edgeward.errors import EdgewardError, InvalidDocument, UsageError
+from edgeward.manifests import read_named
 from edgeward.wire.resources import SPECS, kind_of
 
 out = Console(highlight=False)
+clock = SystemClock()
 
 ENDED = ("Complete", "Halted", "Superseded")
+
+
+def line(text: str) -> None:
+    """One line stays one line, also for `grep` behind a pipe."""
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -50,12 +57,17 @@ def apply(
 
     Example: `edgeward apply -f fleet_configs/demo`
     """
-    resources = read_resources(filename)
+    named = read_named(filename)
     with connect(url, token_file) as client:
-        for result in client.apply(resources, dry_run=dry_run):
-            out.print(
-                f"{result['kind']}/{result['name']} {result['result']}{' (dry run)' if dry_run else ''}"
-            )
+        try:
+            results = client.apply([resource for _, resource in named], dry_run=dry_run)
+        except InvalidDocument as error:
+            # The controller names the resource; the person wrote a file.
+            files = {f"{one.kind}/{one.metadata.name}": file for file, one in named}
+            source = f"{files[error.source]}: {error.source}" if error.source in files else error.source
+            raise InvalidDocument(error.problem, source=source, field=error.field, hint=error.hint) from None
+    for result in results:
+        line(f"{result['kind']}/{result['name']} {result['result']}{' (dry run)' if dry_run else ''}")
 
 
 def get_(
@@ -93,7 +105,7 @@ def delete(
     kind = kind_of(kind)
     with connect(url, token_file) as client:
         client.delete(kind, name)
-    out.print(f"{kind}/{name} deleted")
+    line(f"{kind}/{name} deleted")
 
 
 def rollout_status(
@@ -110,9 +122,9 @@ def rollout_status(
     with connect(url, token_file) as client:
         rollout = client.get("Rollout", name)
         if watch:
-            rollout = _watch(client, name, rollout, time.monotonic() + timeout)
+            rollout = _watch(client, name, rollout, clock.monotonic() + timeout)
         else:
-            out.print(rollout_view(rollout))
+            line(rollout_view(rollout))
     if rollout["status"].get("phase") == "Halted":
         raise typer.Exit(1)
 
@@ -127,16 +139,18 @@ def _watch(client: ControllerClient, name: str, rollout: dict[str, Any], until: 
             else:
                 timeline = rollout["status"].get("timeline", [])
                 for event in timeline[printed:]:
-                    out.print(event_line(event))
+                    line(event_line(event))
                 printed = len(timeline)
             if rollout["status"].get("phase") in ENDED:
                 break
-            if time.monotonic() > until:
-                raise UsageError(f"rollout {name} has not ended yet", hint="watch again, or raise --timeout")
+            if clock.monotonic() > until:
+                raise EdgewardError(
+                    f"rollout {name} has not ended yet", hint="watch again, or raise --timeout"
+                )
             time.sleep(1.0)
             rollout = client.get("Rollout", name)
     if not out.is_terminal:
-        out.print(rollout_headline(rollout))
+        line(rollout_headline(rollout))
     return rollout
 
 
@@ -145,7 +159,7 @@ def _set_paused(name: str, paused: bool, url: str | None, token_file: Path | Non
         rollout = client.get("Rollout", name)
         rollout["spec"]["paused"] = paused
         client.replace(rollout)
-    out.print(f"Rollout/{name} {'paused' if paused else 'resumed'}")
+    line(f"Rollout/{name} {'paused' if paused else 'resumed'}")
 
 
 def rollout_pause(
@@ -170,7 +184,7 @@ def token_create(
     site: Annotated[
         list[str], typer.Option("--site", help="The site; repeat it for a trend store of several.")
     ],
-    role: Annotated[str, typer.Option(help="device or store.")] = "device",
+    role: Annotated[Literal["device", "store"], typer.Option(help="Whose token it is.")] = "device",
     ttl: Annotated[float, typer.Option(help="Seconds the token is valid.")] = 3600.0,
     label: Annotated[str, typer.Option(help="Labels the device gets, as key=value,key=value.")] = "",
     url: Annotated[str | None, Url] = None,
@@ -210,7 +224,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
     }
     for column in columns.get(kind, ["NAME", "LABELS", "AGE"]):
         view.add_column(column)
-    now = time.time()
+    now = clock.now()
     for item in items:
         metadata, spec, status = item["metadata"], item["spec"], item.get("status", {})
         age = _age(now - metadata.get("creationTimestamp", now))
@@ -226,7 +240,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
                     name,
                     spec["site"],
                     status.get("connection", "Unseen"),
-                    status.get("state", ""),
+                    "Revoked" if spec.get("revoked") else status.get("state", ""),
                     running,
                     age,
                 )

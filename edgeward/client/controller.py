@@ -1,4 +1,4 @@
-"""The controller's API, method by method. docs/api.md lists the routes."""
+"""The controller's API, method by method."""
 
 from __future__ import annotations
 
@@ -24,15 +24,24 @@ def _plural(kind: str) -> str:
 class ControllerClient:
     """Everything a person or a tool asks of the controller.
 
-    `token` is a person's API token; without one only enrolment and health answer.
+    `token` is a person's API token; without one only enrolment and health answer. `token_source` says
+    where it came from, for the error when the controller does not know it.
     Every method raises Unavailable, Forbidden, NotFound, Conflict or InvalidDocument.
     """
 
     def __init__(
-        self, url: str, token: str = "", *, timeout: float = 15.0, ca_file: Path | None = None
+        self,
+        url: str,
+        token: str = "",
+        *,
+        timeout: float = 15.0,
+        ca_file: Path | None = None,
+        token_source: str = "",
     ) -> None:
         credential = (lambda: token) if token else None
-        self._http = Transport(url, credential=credential, timeout=timeout, ca_file=ca_file)
+        self._http = Transport(
+            url, credential=credential, timeout=timeout, ca_file=ca_file, credential_source=token_source
+        )
 
     @property
     def url(self) -> str:
@@ -190,6 +199,10 @@ class DeviceClient:
         """Hand a signed envelope to the controller where MQTT is blocked."""
         headers = {"Content-Type": "application/octet-stream", "Edgeward-Topic": topic}
         self.http.request("POST", "/device/v1/messages", content=envelope, headers=headers)
+
+    def denied(self) -> bytes:
+        """The signed deny-list (DSSE)."""
+        return self.http.request("GET", "/device/v1/denied").content
 
     def renew(self, request: RenewRequest) -> EnrollResponse:
         answer = self.http.request("POST", "/device/v1/renew", json=msgspec.to_builtins(request))

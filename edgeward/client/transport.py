@@ -56,13 +56,15 @@ class Transport:
         credential: Callable[[], str] | None = None,
         timeout: float = 15.0,
         ca_file: Path | None = None,
+        credential_source: str = "",
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
+        if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
             )
         self.base_url = base_url.rstrip("/")
         self._credential = credential
+        self._credential_source = credential_source
         self._client = httpx.Client(
             base_url=self.base_url,
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
@@ -112,8 +114,14 @@ class Transport:
                 timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout,
             )
         if response.status_code >= 400:
-            raise error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+            raise self._error(response, path)
         return response
+
+    def _error(self, response: httpx.Response, path: str) -> EdgewardError:
+        error = error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+        if response.status_code == 401 and self._credential_source:
+            return Forbidden(f"{self._credential_source}: {error.message}", hint=error.hint)
+        return error
 
     @contextmanager
     def stream(self, path: str, *, headers: dict[str, str] | None = None) -> Iterator[httpx.Response]:
@@ -124,8 +132,16 @@ class Transport:
         ):
             if response.status_code >= 400:
                 response.read()
-                raise error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+                raise self._error(response, path)
             yield response
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and 0 < (url.port or 80) < 65536
 
 
 def _json_or_none(response: httpx.Response) -> Any:

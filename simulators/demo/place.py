@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from edgeward.client import ControllerClient
-from edgeward.errors import EdgewardError, UsageError
+from edgeward.clock import Clock, SystemClock
+from edgeward.errors import Conflict, EdgewardError, UsageError
 from simulators.processes import Child, Processes
 
 MARKER = ".edgeward-demo"
 
 
-def prepare_folder(folder: Path) -> None:
-    """An empty folder with a marker; a former demo's is replaced, any other is left alone.
+@contextmanager
+def prepared(folder: Path) -> Iterator[None]:
+    """An empty folder with a marker, ours within; a former demo's is replaced, any other is left alone.
 
-    Raises UsageError when the folder holds something else.
+    Raises UsageError when the folder holds something else, Conflict when a demo runs in it.
     """
+    marker = folder / MARKER
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / MARKER).is_file():
+        if not marker.is_file():
             raise UsageError(f"{folder} is not empty and not a demo's folder", hint="choose another --dir")
-        shutil.rmtree(folder)
+        with _locked(marker, folder):
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry != marker:
+                    entry.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text("made by `edgeward simulate demo`; replaced by its next run\n")
+    with _locked(marker, folder) as file:
+        file.truncate(0)
+        file.write("made by `edgeward simulate demo`; replaced by its next run\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _locked(marker: Path, folder: Path) -> Iterator[TextIO]:
+    """The lock goes with this process, also by SIGKILL; children do not inherit it."""
+    with marker.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"a demo runs in {folder}", hint="end it, or choose another --dir") from None
+        yield file
 
 
 def find_configs(configs: Path | None) -> Path:
@@ -55,8 +79,12 @@ class Place:
     processes: Processes
     url: str
     console: Console
-    began: float = field(default_factory=time.monotonic)
+    clock: Clock = field(default_factory=SystemClock)
+    began: float = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.began = self.clock.monotonic()
 
     @property
     def token_file(self) -> Path:
@@ -68,7 +96,7 @@ class Place:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return self.clock.monotonic() - self.began
 
     def agent(self, device: str) -> Path:
         return self.folder / "agents" / device

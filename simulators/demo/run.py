@@ -15,7 +15,7 @@ from edgeward.errors import EdgewardError
 from edgeward.identifiers import DeviceName
 from simulators.demo import evidence, faults, plant, releases, summary
 from simulators.demo.hostile import HostileClient
-from simulators.demo.place import Background, Place, find_configs, prepare_folder
+from simulators.demo.place import Background, Place, find_configs, prepared
 from simulators.demo.plan import DEVICES, TINY_V1, V1, V2, VICTIM
 from simulators.processes import Processes, interrupted_by_sigterm, wait_until
 
@@ -30,11 +30,11 @@ def run(folder: Path, *, summary: Path | None, serve: bool, port: int, configs: 
     port = port or free_port()
     if accepts("127.0.0.1", port):
         raise EdgewardError(f"port {port} is taken", hint="choose another --port, or 0 for a free one")
-    prepare_folder(folder.resolve())
     folder = folder.resolve()
     url = f"http://127.0.0.1:{port}"
     environment = {"EDGEWARD_URL": url, "EDGEWARD_TOKEN_FILE": str(folder / "controller" / "admin.token")}
     with (
+        prepared(folder),
         interrupted_by_sigterm(),
         EmbeddedBroker(folder / "broker") as broker,
         Processes(folder / "logs", environment) as processes,

@@ -230,3 +230,14 @@ def test_devices_that_join_are_taken_in_by_the_last_wave_and_after_it() -> None:
     later = {"later": Seen(), "refused": Seen(quarantined=frozenset({V2.digest}))}
     assert plan(CANARY, status, V2, later, 9.0, adopts=True).changes == {"later": V2}
     assert plan(CANARY, status, V2, later, 9.0).changes == {}
+
+
+def test_a_wave_without_devices_is_not_soaked() -> None:
+    """A fleet of one: the canary is everybody, and nobody is left to watch for another soak."""
+    spec = spec_of([Wave(count=1), Wave(share=1.0)], gate=Gate(soak=30.0), deadline=600.0)
+    status = drive(spec, Fleet(1))
+    assert status.phase == "Complete"
+    at = {(event.reason, event.wave): event for event in status.timeline}
+    assert at["WavePassed", 0].at - at["WaveStarted", 0].at >= 30.0
+    assert at["WavePassed", 1].at == at["WaveStarted", 1].at
+    assert at["WaveStarted", 1].message == "m:2 to no further device"

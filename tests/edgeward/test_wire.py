@@ -116,6 +116,11 @@ spec:
 """
 
 
+BOMB = "status:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
+)
+
+
 def parse(text: str, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(text)
@@ -148,6 +153,31 @@ def test_a_rollout_gets_its_defaults(tmp_path: Path) -> None:
         (ROLLOUT + "  waves: [{count: a}]\n", r"spec\.waves\[0\]\.count: Expected"),
         (ROLLOUT.replace("kind: Rollout", "kind: ModelVersion"), "r.yaml"),
         (ROLLOUT + "---" + ROLLOUT, r"document 2.*stands in"),
+        (
+            ROLLOUT + "  colour: red\n",
+            r"unknown field `colour`, expected one of deadline, fleet, gate, model",
+        ),
+        (
+            ROLLOUT + "  gate: {minSucces: 1}\n",
+            r"spec\.gate: unknown field `minSucces`, expected one of maxPsi",
+        ),
+        (
+            ROLLOUT + "  waves: [{size: 1}]\n",
+            r"spec\.waves\[0\]: unknown field `size`, expected one of count",
+        ),
+        (ROLLOUT + "colour: red\n", r"unknown field `colour`, expected one of apiVersion, kind"),
+        (
+            ROLLOUT.replace("{name: r1}", "{name: r1, lables: {}}"),
+            r"metadata: unknown field .*, labels, name",
+        ),
+        (ROLLOUT + "  deadline: .inf\n", r"r\.yaml: spec\.deadline: expected a finite number, got inf"),
+        (ROLLOUT + "  waves: [{count: 1}, {share: .nan}]\n", r"spec\.waves\[1\]\.share: expected a finite"),
+        (ROLLOUT + "spec: {}\n", r"r\.yaml:9:1: not valid YAML: the key 'spec' stands twice"),
+        (ROLLOUT + "when: 2024-13-45\n", r"r\.yaml: not valid YAML: month must be in 1\.\.12"),
+        ("a: \x00", r"r\.yaml: not valid YAML: unacceptable character #x0000[^\n]*$"),
+        ("[" * 5000, r"r\.yaml: not valid YAML: nested too deeply"),
+        ("&a {status: *a}", r"r\.yaml: .*nested too deeply"),
+        (ROLLOUT + BOMB, r"r\.yaml: status.*holds more than 1000000 values"),
     ],
 )
 def test_bad_documents_name_file_and_field(text: str, says: str, tmp_path: Path) -> None:

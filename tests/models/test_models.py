@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,8 @@ def test_lineage_says_what_was_trained_on_what(forest: training.Outcome) -> None
 def flipped(package: Package, target: Path) -> Path:
     """A copy with one bit of its model changed."""
     (target / "blobs").mkdir(parents=True)
-    (target / "manifest.json").write_bytes(package.manifest_bytes)
+    for name in ("manifest.json", "manifest.sha256"):
+        (target / name).write_bytes((package.folder / name).read_bytes())
     for blob in package.manifest.blobs():
         (target / "blobs" / blob.digest).write_bytes(package.blob(blob).read_bytes())
     victim = target / "blobs" / package.manifest.variants[0].blob.digest
@@ -108,10 +111,26 @@ def test_one_flipped_bit_is_refused(tiny: training.Outcome, tmp_path: Path) -> N
         load_package(flipped(tiny.package, tmp_path / "p"))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_flipped_bit_is_found_before_anything_is_signed(
+    tiny: training.Outcome, tmp_path: Path, name: str
+) -> None:
+    """Version 1 becomes 3: still a manifest, but not the one that was made."""
+    copy = tmp_path / "p"
+    shutil.copytree(tiny.package.folder, copy)
+    content = bytearray((copy / name).read_bytes())
+    place = content.index(b'"version":1') + 10 if name.endswith("json") else 3
+    content[place] ^= 2
+    (copy / name).write_bytes(content)
+    with pytest.raises(DigestMismatch, match=r"manifest\.json.*the package was changed"):
+        load_package(copy)
+
+
 def test_a_missing_blob_and_a_strange_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidDocument, match="cannot read it"):
         load_package(tmp_path)
     (tmp_path / "manifest.json").write_text('{"model": 1}')
+    (tmp_path / "manifest.sha256").write_text(hashlib.sha256(b'{"model": 1}').hexdigest())
     with pytest.raises(InvalidDocument, match=r"manifest\.json"):
         load_package(tmp_path)
 
@@ -178,7 +197,9 @@ def test_wrong_outputs_are_refused_unless_asked_for(forest: training.Outcome, tm
         ("a,b,c\n1,2\n", r"data\.csv:2: has 2 cells, expected 3"),
         ("a,b,c,label\n1,2,3,7\n", r"data\.csv:2: label: expected 0 or 1"),
         ("a,b,c\n1,2,nan\n", r"data\.csv:2: c: expected a finite number"),
+        ("a,b,c\n1,2,3\n\n1,2,1e39\n", r"data\.csv:4: c: expected a finite number of 32 bits, got 1e\+39"),
         ("a,b,c\n", "expected a header line and rows"),
+        ("\n1,2,3\n", "expected a header line and rows"),
     ],
 )
 def test_a_bad_csv_names_file_line_and_column(text: str, says: str, tmp_path: Path) -> None:
@@ -186,6 +207,15 @@ def test_a_bad_csv_names_file_line_and_column(text: str, says: str, tmp_path: Pa
     file.write_text(text)
     with pytest.raises(InvalidDocument, match=says):
         load_csv(file, ["a", "b", "c"])
+
+
+def test_empty_lines_are_no_rows(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("a,b\n1,2\n\n3,4\n\n\n")
+    assert load_csv(file).values.tolist() == [[1, 2], [3, 4]]
+    file.write_text("label\n1\n")
+    with pytest.raises(InvalidDocument, match=r"data\.csv: expected a column besides 'label'"):
+        load_csv(file)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +319,16 @@ def test_a_model_of_texts_is_packaged_with_texts(tmp_path: Path) -> None:
     (output,) = package.golden().outputs
     assert golden_array(output).tolist() == ["größe".encode(), b"", b"pump"]
     assert load_package(tmp_path / "p").digest == package.digest
+
+
+def test_a_classifier_s_maps_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    key = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    maps = helper.make_value_info("p", helper.make_sequence_type_proto(key))
+    node = helper.make_node("ZipMap", ["x"], ["p"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
+    graph = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])], [maps]
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    content = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    with pytest.raises(PackageError, match=r"tensor p has type seq\(map.*zipmap"):
+        LoadedModel(content, "onnx", "m.onnx")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeward.errors import UsageError
+from edgeward.errors import Conflict, UsageError
 from simulators.demo import detection
-from simulators.demo.place import MARKER, find_configs, prepare_folder
+from simulators.demo.place import MARKER, find_configs, prepared
 from simulators.demo.plan import DEVICES, EXPECTED, ROLLOUTS, split
 from simulators.demo.summary import judge, rollout_summary, version_summary
 
@@ -138,14 +138,23 @@ def test_only_a_demos_folder_is_replaced(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="not a demo's folder"):
-        prepare_folder(mine)
+    with pytest.raises(UsageError, match="not a demo's folder"), prepared(mine):
+        pass
     assert (mine / "thesis.txt").exists()
     demo = tmp_path / "demo"
-    prepare_folder(demo)
-    (demo / "old").mkdir()
-    prepare_folder(demo)
-    assert [file.name for file in demo.iterdir()] == [MARKER]
+    with prepared(demo):
+        (demo / "old").mkdir()
+        (demo / "old.log").touch()
+    with prepared(demo):
+        assert [file.name for file in demo.iterdir()] == [MARKER]
+
+
+def test_a_running_demos_folder_is_left_alone(tmp_path):
+    with prepared(tmp_path):
+        (tmp_path / "store").mkdir()
+        with pytest.raises(Conflict, match="a demo runs in"), prepared(tmp_path):
+            pass
+        assert (tmp_path / "store").exists()
 
 
 def test_the_demos_resources_are_found_or_named(tmp_path):

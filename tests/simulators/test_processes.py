@@ -1,6 +1,7 @@
 """Children end with their parent's context, whatever happens."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -104,3 +105,29 @@ def test_a_command_in_another_thread_ends_with_the_context(tmp_path):
     thread.join(10)
     assert gone(int(pid_file.read_text()))
     assert failed
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from simulators.processes import Processes
+
+with Processes(Path(sys.argv[1])) as processes:
+    child = processes.start("stubborn", [sys.executable, "-c", sys.argv[2]])
+    child.wait_ready("ready", 10)
+    print(child.pid, child.said().split()[1], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_parent_leaves_nobody(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), STUBBORN[2]], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child, worker = map(int, parent.stdout.readline().split())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    assert gone(child)
+    assert gone(worker)

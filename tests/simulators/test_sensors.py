@@ -118,6 +118,38 @@ def test_the_label_is_never_sent(shared_broker, tmp_path):
     assert [row["values"] for row in receiver.rows] == [{"f1": float(i)} for i in range(2, 10)]
 
 
+def test_a_plain_sensor_numbers_nothing_and_waits_for_nobody(shared_broker, tmp_path):
+    data = tmp_path / "data.csv"
+    data.write_text("f1\n" + "".join(f"{i}\n" for i in range(300)))
+    heard, done = [], threading.Event()
+
+    def listen(message):
+        heard.extend(json.loads(message.payload))
+        if len(heard) == 300:
+            done.set()
+
+    ready = threading.Event()
+    link = Link(
+        Broker(shared_broker.url), "ear", subscriptions=("plain/s",), on_message=listen, on_connect=ready.set
+    )
+    link.start()
+    command = [sys.executable, "-m", "edgeward.cli.main", "simulate", "sensors", "--data", str(data)]
+    command += ["--broker", shared_broker.url, "--topic", "plain/s", "--rate", "10000"]
+    try:
+        assert ready.wait(10)
+        ended = subprocess.run([*command, "--plain"], capture_output=True, text=True, timeout=30)
+        assert done.wait(10), len(heard)
+    finally:
+        link.stop()
+    assert ended.returncode == 0 and "all 300 rows are sent" in ended.stdout, ended.stderr
+    assert [set(row) for row in heard] == [{"t", "values"}] * 300
+    assert [row["values"]["f1"] for row in heard] == list(range(300))
+    refused = subprocess.run(
+        [*command, "--produced", str(tmp_path / "p")], capture_output=True, text=True, timeout=30
+    )
+    assert refused.returncode == 2 and "--produced needs --device" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "where"),
     [

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -243,6 +244,31 @@ def test_queries_read_no_files_and_name_the_mistake(bench: Bench, tmp_path: Path
     ):
         with pytest.raises(UsageError, match="the query failed"):
             queries.sql(statement)
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"series": "score"}, "'score' is not a series.*output:NAME"),
+        ({"since": "yesterday"}, "since: 'yesterday' is not a time"),
+        ({"until": "2026-02-30"}, "until: '2026-02-30' is not a time"),
+        ({"group_by": ["colour"]}, "cannot group by 'colour'"),
+        ({"width": "0s"}, "'0s' is not a width of time"),
+    ],
+)
+def test_a_bad_question_is_refused_by_an_empty_store_too(
+    bench: Bench, wish: dict[str, Any], says: str
+) -> None:
+    queries = Queries(bench.tables(), bench.journal)
+    good: dict[str, Any] = {
+        "series": "output:score",
+        "width": "1h",
+        "group_by": ["device"],
+        "since": "2026-03-01",
+    }
+    assert queries.rollup(**good, until="2026-03-01T06:00Z").num_rows == 0
+    with pytest.raises(UsageError, match=says):
+        queries.rollup(**{**good, **wish})
 
 
 def test_verify_finds_a_loss_and_a_duplicate(bench: Bench, tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""The trend store's identity: enrolment, and renewal without anybody on site."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from edgeward.client import ControllerClient
+from edgeward.client.controller import DeviceClient
+from edgeward.client.transport import Transport
+from edgeward.clock import Clock
+from edgeward.errors import Conflict, EdgewardError, NotFound, TrustError, UsageError
+from edgeward.identifiers import check_name
+from edgeward.storage import write_atomic
+from edgeward.trust import dsse, tokens
+from edgeward.trust.certificates import (
+    StoreIdentity,
+    TrustAnchor,
+    load_certificate_pem,
+    make_csr,
+    to_der,
+)
+from edgeward.trust.keys import SigningIdentity, load_or_create
+from edgeward.wire.denied import PAYLOAD_TYPE, Denied
+from edgeward.wire.enrollment import EnrollRequest, EnrollResponse, RenewRequest
+
+log = logging.getLogger(__name__)
+
+_ENROLLMENT = "enrollment.json"
+_KEY = "identity.key"
+_URL = "controller.url"
+_DENIED = "denied.json"
+_LOOK_EVERY = 30.0
+
+
+def enroll(folder: Path, url: str, token: str, name: str) -> EnrollResponse:
+    """Get a certificate for a trend store: token -> key pair -> request -> certificate.
+
+    Raises Conflict when the folder is enrolled already, UsageError for a device's token.
+    """
+    check_name(name)
+    if (folder / _ENROLLMENT).exists():
+        raise Conflict(f"{folder} is enrolled already", hint="choose another --dir")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = load_or_create(folder / _KEY)
+    with ControllerClient(url) as client:
+        answer = client.enroll(EnrollRequest(token, name, make_csr(key, name)))
+    if answer.role != "store":
+        raise UsageError("this token is for a device", hint="edgeward token create --role store --site SITE")
+    write_atomic(folder / _URL, url.encode())
+    _keep(folder, answer)
+    return answer
+
+
+def _keep(folder: Path, answer: EnrollResponse) -> None:
+    """One file, so that a kill in between cannot leave a certificate beside another's dates."""
+    write_atomic(folder / _ENROLLMENT, msgspec.json.encode(answer))
+
+
+def read_enrollment(folder: Path) -> EnrollResponse:
+    """Raises NotFound when there is none."""
+    try:
+        content = (folder / _ENROLLMENT).read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"{folder} is no trend store", hint="run `edgeward trends enroll` first") from None
+    return msgspec.json.decode(content, type=EnrollResponse)
+
+
+class Identity:
+    """What `enroll` has made, kept fresh. Raises NotFound without one, TrustError when it is unsound."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._key = load_or_create(folder / _KEY)
+        self.enrollment = read_enrollment(folder)
+        self.anchor = TrustAnchor(self.enrollment.trust.ca)
+        self.store = self._check(self.enrollment.certificate)
+        self.signer = self._signer(self.enrollment.certificate)
+        self._denied = self._read_denied()
+
+    @property
+    def denied(self) -> frozenset[str]:
+        """Key ids on the newest deny-list that is known here."""
+        return frozenset(self._denied.keyids)
+
+    def _verify_denied(self, signed: bytes) -> Denied:
+        return dsse.verify(signed, PAYLOAD_TYPE, self.enrollment.trust.desired_keys, Denied)
+
+    def _read_denied(self) -> Denied:
+        try:
+            return self._verify_denied((self._folder / _DENIED).read_bytes())
+        except FileNotFoundError:
+            return Denied(0.0, [])
+
+    def learn_denied(self) -> bool:
+        """Ask for the deny-list; True when it has changed. An older one than that known is refused."""
+        with self._client() as client:
+            signed = client.denied()
+        denied = self._verify_denied(signed)
+        if denied.issued_at < self._denied.issued_at:
+            raise TrustError("the deny-list is older than the one that is known")
+        changed = denied.keyids != self._denied.keyids
+        self._denied = denied
+        if changed or not (self._folder / _DENIED).exists():
+            write_atomic(self._folder / _DENIED, signed)
+        return changed
+
+    @contextmanager
+    def _client(self) -> Iterator[DeviceClient]:
+        url = self._folder / _URL
+        if not url.exists():
+            raise NotFound(f"{url}: the controller's address is not known", hint="write it into that file")
+        transport = Transport(
+            url.read_text().strip(), credential=lambda: tokens.mint(self.signer, self._clock.now())
+        )
+        try:
+            yield DeviceClient(transport)
+        finally:
+            transport.close()
+
+    def _check(self, pem: str) -> StoreIdentity:
+        found = self.anchor.verify(load_certificate_pem(pem), self._clock.now())
+        if not isinstance(found, StoreIdentity):
+            raise TrustError(f"{self._folder} holds the identity of {found}, not of a trend store")
+        return found
+
+    def _signer(self, pem: str) -> SigningIdentity:
+        return SigningIdentity(self._key, to_der(load_certificate_pem(pem)))
+
+    def renew_if_due(self) -> bool:
+        """Ask for a new certificate after two thirds of the old one's life; True when there is one."""
+        if self._clock.now() < self.enrollment.renew_after:
+            return False
+        with self._client() as client:
+            answer = client.renew(RenewRequest(make_csr(self._key, self.store.name)))
+        if self._check(answer.certificate) != self.store:
+            raise TrustError("the renewed certificate is somebody else's")
+        _keep(self._folder, answer)
+        self.enrollment = answer
+        self.signer = self._signer(answer.certificate)
+        return True
+
+    def keep_fresh(self, stop: threading.Event, changed: Callable[[Identity], None]) -> None:
+        """In the background until `stop`: renew, since agents refuse acks under a certificate that has
+        ended, and learn the deny-list. `changed` is called after either.
+        """
+        while True:
+            for what, renew in (
+                ("the certificate", self.renew_if_due),
+                ("the deny-list", self.learn_denied),
+            ):
+                try:
+                    if renew():
+                        log.info("%s is new", what)
+                        changed(self)
+                except EdgewardError as error:
+                    log.warning("%s is not renewed yet: %s", what, error)
+            if stop.wait(_LOOK_EVERY):
+                return
