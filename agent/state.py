@@ -68,7 +68,7 @@ class SlotRecord(msgspec.Struct, frozen=True):
     batchable: bool = False
     blob: str = ""
     previous_blob: str = ""
-    variants: list[VariantMeasure] = []  # noqa: RUF012  # msgspec copies it
+    variants: list[VariantMeasure] = []
 
 
 class Measurement(msgspec.Struct, frozen=True):
