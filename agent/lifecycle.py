@@ -5,7 +5,7 @@ The running model is not part of the phase: it keeps serving until a candidate h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from agent.runtime import recovery
@@ -54,7 +54,7 @@ class SlotState:
     """The newest wish for a slot, how far it is, and why. Times are seconds since 1970."""
 
     target: ModelRef
-    policy: SlotPolicy = SlotPolicy()
+    policy: SlotPolicy = field(default_factory=SlotPolicy)
     phase: Phase = Phase.PENDING
     reason: str = ""
     message: str = ""
@@ -66,6 +66,8 @@ class SlotState:
 
 
 RETRY_BASE, RETRY_MAX = 1.0, 300.0
+#: A float ends where a device has been offline for some days.
+_DOUBLINGS = 20
 
 
 def wish(
@@ -128,7 +130,8 @@ def step(
     if phase is None:
         raise ValueError(f"no step for {event} in phase {state.phase}")
     failures = state.failures + 1 if event is Event.UNAVAILABLE else state.failures
-    retry_at = now + min(RETRY_BASE * 2 ** (failures - 1), RETRY_MAX) if event is Event.UNAVAILABLE else 0.0
+    wait = min(RETRY_BASE * 2 ** min(max(failures - 1, 0), _DOUBLINGS), RETRY_MAX)
+    retry_at = now + wait if event is Event.UNAVAILABLE else 0.0
     return replace(
         state,
         phase=phase,

@@ -54,6 +54,11 @@ def test_a_quarantined_digest_is_refused_at_once() -> None:
     assert fresh.phase is Phase.PENDING and fresh.policy.threads == 3
 
 
+def test_weeks_without_a_network_are_waited_out() -> None:
+    state = SlotState(ONE, phase=Phase.DOWNLOADING, failures=100_000)
+    assert step(state, Event.UNAVAILABLE, 1.0).retry_at == 1.0 + RETRY_MAX
+
+
 class Walk(RuleBasedStateMachine):
     """Any sequence of events, allowed or not."""
 
