@@ -14,7 +14,7 @@ from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.worker import DeadlineExceeded
 from agent.selection import Candidate, Choice, choose, eligible, to_measure
-from agent.state import SlotRecord, State
+from agent.state import Measurement, SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, PackageError, RuntimeFault
@@ -260,7 +260,7 @@ class Activation:
         policy: SlotPolicy,
         asked: tuple[str, ...],
         going_on: Callable[[], None],
-    ) -> measure.Measurement:
+    ) -> Measurement:
         self._verifier.fetch_blobs(manifest, variant)
         package = self._verifier.open(ref, manifest, variant)
         golden = selftest.golden_inputs(package.golden)
