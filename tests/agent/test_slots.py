@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -14,13 +15,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from agent.activation import Setup
+from agent.commands import register
 from agent.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
 from edgeward.wire.desired import ModelRef, SlotTarget
-from edgeward.wire.reports import Condition, Phase, SlotReport
+from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -423,3 +427,20 @@ def test_records_of_an_older_agent_are_still_read(tmp_path: Path) -> None:
     record = state.slots()["default"]
     assert record.running == ref and record.policy == SlotPolicy() and not record.batchable
     assert state.measurement("k") is None and state.measurement("none") is None
+
+
+def test_agent_status_shows_what_the_choice_was_made_from(tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    state = State(tmp_path / "state.db")
+    table = [
+        VariantMeasure("int8", "onnx", "CPUExecutionProvider", 1.25, 2.5, 64 << 20, 0.9, chosen=True),
+        VariantMeasure("edge", "tflite", reason="runtime tflite is not installed"),
+    ]
+    state.set_slot("default", SlotRecord(ModelRef("m", 1, "1" * 64), variants=table))
+    state.close()
+    said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)]).output
+    assert "* int8  CPUExecutionProvider  p50 1.25 ms, p95 2.5 ms  64 MiB  quality 0.9" in said
+    assert "edge  tflite  runtime tflite is not installed" in said
+    plain = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
+    assert json.loads(plain)["slots"]["default"]["variants"][0]["p95_ms"] == 2.5

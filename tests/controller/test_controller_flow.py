@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from controller.devices import slots_of
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
-from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.reports import Phase, SlotReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 
@@ -90,3 +91,18 @@ def test_the_policy_of_the_fleet_that_brought_a_model_travels_with_it(
     plant.client.apply([make("Fleet", "line", **line, slots={"unused": {"threads": 4}})])
     back = opened(device, changed.generation)
     assert back is not None and back.slots["default"].policy == SlotPolicy()
+
+
+def test_what_a_device_measured_of_each_variant_is_in_its_status(plant: Any) -> None:
+    plant.begin()
+    device, model = plant.enroll("d1"), plant.publish(1)
+    table = [
+        VariantMeasure("int8", "onnx", "CPU", 1.5, 2.5, 64 << 20, 0.9, chosen=True),
+        VariantMeasure("edge", "tflite", reason="runtime tflite is not installed"),
+    ]
+    report = SlotReport(Phase.ACTIVE, target=model, running=model, variants=table)
+    device.http.send(*device.reported(1, {"default": report}))
+    status = plant.device("d1")["status"]
+    kept = status["slots"]["default"]["variants"]
+    assert kept[0]["p95_ms"] == 2.5 and kept[0]["chosen"] and "not installed" in kept[1]["reason"]
+    assert slots_of(status)["default"].variants == table
