@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -152,10 +152,24 @@ def status(
     for name, record in state_slots(facts):
         running = record.get("running") or {}
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
+        for row in record.get("variants") or []:
+            out.print(f"  {variant_line(row)}", markup=False)
     for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
 
 
-def state_slots(facts: dict[str, object]) -> list[tuple[str, dict[str, dict[str, object]]]]:
+def variant_line(row: dict[str, Any]) -> str:
+    """One row of the table that a variant was chosen from (VariantMeasure as builtins)."""
+    parts = [f"{'*' if row['chosen'] else ' '} {row['name']}", row["provider"] or row["runtime"]]
+    if row["p95_ms"] is not None:
+        parts.append(f"p50 {row['p50_ms']:.3g} ms, p95 {row['p95_ms']:.3g} ms")
+    if row["memory_bytes"]:
+        parts.append(f"{row['memory_bytes'] >> 20} MiB")
+    if row["quality"] is not None:
+        parts.append(f"quality {row['quality']:.6g}")
+    return "  ".join([*parts, row["reason"]]).rstrip()
+
+
+def state_slots(facts: dict[str, object]) -> list[tuple[str, dict[str, Any]]]:
     slots = facts["slots"]
     return sorted(slots.items()) if isinstance(slots, dict) else []

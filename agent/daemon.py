@@ -14,9 +14,11 @@ import psutil
 
 import edgeward
 from agent import inventory
+from agent.activation import Setup
 from agent.desired import check
 from agent.fetch import BlobStore
 from agent.identity import Identity
+from agent.measure import machine_key
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
@@ -81,8 +83,16 @@ class Daemon:
         trust = self.identity.enrollment.trust
         blobs = BlobStore(folder / "blobs")
         verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
-        self.engine = Engine()
-        self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed)
+        self.engine = Engine(
+            on_crash_loop=lambda name, losses, seconds: self.slots.crash_looped(name, losses, seconds),
+            on_recovered=lambda name: self.slots.recovered(name),
+        )
+        setup = Setup(
+            machine=machine_key(self._inventory),
+            available=tuple(self._inventory.providers),
+            compiled=folder / "compiled",
+        )
+        self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed, setup)
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
         self._desired_topic = topics.desired(self.name)
@@ -250,7 +260,11 @@ class Daemon:
 
     def _send_reported(self) -> None:
         reported = Reported(
-            *self._next(), self.state.generation(), self.slots.report(), quarantined=self.state.quarantined()
+            *self._next(),
+            self.state.generation(),
+            self.slots.report(),
+            conditions=self.slots.conditions(),
+            quarantined=self.state.quarantined(),
         )
         topic = topics.reported(self.name)
         self.link.publish(topic, self._seal(reported, topic), retain=True)

@@ -5,15 +5,17 @@ The running model is not part of the phase: it keeps serving until a candidate h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase
+from edgeward.wire.slots import SlotPolicy
 
 
 class Event(StrEnum):
-    """What can happen to a candidate."""
+    """What can happen to a candidate, and to what runs."""
 
     WISHED = "wished"
     BEGUN = "begun"
@@ -23,6 +25,8 @@ class Event(StrEnum):
     PASSED = "passed"
     REFUSED = "refused"
     UNAVAILABLE = "unavailable"
+    CRASH_LOOP = "crash-loop"
+    RECOVERED = "recovered"
 
 
 #: (phase, event) -> phase. Whatever is not here cannot happen, and `step` says so.
@@ -38,6 +42,8 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.SELF_TEST, Event.PASSED): Phase.ACTIVE,
     (Phase.SELF_TEST, Event.REFUSED): Phase.QUARANTINED,
     (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
+    (Phase.ACTIVE, Event.CRASH_LOOP): Phase.DEGRADED,
+    (Phase.DEGRADED, Event.RECOVERED): Phase.ACTIVE,
     # A new wish may come at any time and begins at the start.
     **{(phase, Event.WISHED): Phase.PENDING for phase in Phase},
 }
@@ -48,6 +54,7 @@ class SlotState:
     """The newest wish for a slot, how far it is, and why. Times are seconds since 1970."""
 
     target: ModelRef
+    policy: SlotPolicy = field(default_factory=SlotPolicy)
     phase: Phase = Phase.PENDING
     reason: str = ""
     message: str = ""
@@ -59,19 +66,50 @@ class SlotState:
 
 
 RETRY_BASE, RETRY_MAX = 1.0, 300.0
+#: A float ends where a device has been offline for some days.
+_DOUBLINGS = 20
 
 
-def wish(target: ModelRef, quarantined: frozenset[str], now: float) -> SlotState:
+def wish(
+    target: ModelRef, quarantined: frozenset[str], now: float, policy: SlotPolicy | None = None
+) -> SlotState:
     """The state for a new wish; a quarantined digest is refused at once, without fetching it again."""
+    policy = policy or SlotPolicy()
     if target.digest in quarantined:
         return SlotState(
             target,
+            policy,
             Phase.QUARANTINED,
             "Quarantined",
             "this digest was refused on this device before",
             since=now,
         )
-    return SlotState(target, since=now)
+    return SlotState(target, policy, since=now)
+
+
+def holds(target: ModelRef, policy: SlotPolicy, losses: int, now: float) -> SlotState:
+    """The state when what is wished for runs already; with `losses` it is in a crash loop."""
+    state = SlotState(target, policy, Phase.ACTIVE, since=now)
+    return crash_loop(state, losses, now) if losses else state
+
+
+def crash_loop(state: SlotState, losses: int, now: float) -> SlotState:
+    """The running model's worker is lost again and again: `losses` within recovery.LOOP_SECONDS."""
+    return step(
+        state,
+        Event.CRASH_LOOP,
+        now,
+        reason="CrashLoop",
+        message=f"the model's worker was lost {losses} times within {recovery.LOOP_SECONDS:.0f} s",
+        measured=float(losses),
+        limit=float(recovery.LOOP_LOSSES),
+    )
+
+
+def recovered(state: SlotState, now: float) -> SlotState:
+    """The crash loop is over."""
+    message = f"no worker was lost for {recovery.LOOP_SECONDS:.0f} s"
+    return step(state, Event.RECOVERED, now, reason="Recovered", message=message)
 
 
 def step(
@@ -92,7 +130,8 @@ def step(
     if phase is None:
         raise ValueError(f"no step for {event} in phase {state.phase}")
     failures = state.failures + 1 if event is Event.UNAVAILABLE else state.failures
-    retry_at = now + min(RETRY_BASE * 2 ** (failures - 1), RETRY_MAX) if event is Event.UNAVAILABLE else 0.0
+    wait = min(RETRY_BASE * 2 ** min(max(failures - 1, 0), _DOUBLINGS), RETRY_MAX)
+    retry_at = now + wait if event is Event.UNAVAILABLE else 0.0
     return replace(
         state,
         phase=phase,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from agent.serving.catalog import Served
 from agent.slots import ActiveModel, Slots
 from edgeward.wire.reports import SlotReport
@@ -14,9 +16,15 @@ class SlotCatalog:
         self._slots = slots
         self._by_name: dict[tuple[str, str], Served] = {}
         self._all: list[Served] = []
+        self._refreshing = threading.Lock()
 
     def refresh(self) -> None:
         """Take over what the slots hold now."""
+        # One after the other: an older snapshot must not replace a newer one.
+        with self._refreshing:
+            self._refresh()
+
+    def _refresh(self) -> None:
         by_name: dict[tuple[str, str], Served] = {}
         everything = []
         for slot, report in self._slots.report().items():

@@ -6,33 +6,41 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from agent import selftest
-from agent.lifecycle import Event, SlotState, step, wish
+import msgspec
+
+from agent import lifecycle
+from agent.activation import Activation, Opened, Refused, Setup
+from agent.lifecycle import Event, SlotState, step
 from agent.runtime.engine import Engine
 from agent.runtime.port import Runner
 from agent.state import SlotRecord, State
 from agent.streams.sketches import LiveBaseline
-from agent.verify import VerifiedPackage, Verifier, choose_variant
+from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable
 from edgeward.wire.desired import ModelRef, SlotTarget
-from edgeward.wire.package import Manifest, Variant
-from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
+_HELD = (Phase.ACTIVE, Phase.DEGRADED)
+
 
 @dataclass(frozen=True)
 class ActiveModel:
-    """A verified package, ready to infer; `live` collects what its drift figure is made of."""
+    """A verified package, ready to infer; `live` collects what its drift figure is made of.
+
+    `condition` is what the device shall tell of the provider it runs on.
+    """
 
     package: VerifiedPackage
     runner: Runner
     live: LiveBaseline
     policy: SlotPolicy = field(default_factory=SlotPolicy)
+    condition: Condition | None = None
 
     @property
     def ref(self) -> ModelRef:
@@ -50,17 +58,21 @@ class Slots:
         runtimes: dict[str, str],
         clock: Clock,
         changed: Callable[[], None],
+        setup: Setup | None = None,
     ) -> None:
+        """`changed` is called after every change, from any of the agent's threads."""
         self._state = state
         self._verifier = verifier
-        self._engine = engine
-        self._runtimes = runtimes
+        self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._clock = clock
         self._changed = changed
         self._lock = threading.Condition()
         self._records = state.slots()
         self._candidates: dict[str, SlotState] = {}
         self._active: dict[str, ActiveModel] = {}
+        self._tables: dict[str, tuple[VariantMeasure, ...]] = {}
+        #: Slots whose running model is in a crash loop, with the losses that made it one.
+        self._looping: dict[str, int] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
@@ -69,13 +81,19 @@ class Slots:
         for name, record in self._records.items():
             if record.running is not None:
                 try:
-                    self._active[name] = self._load_again(record.running)
-                except EdgewardError as error:
+                    opened = self._activation.reopen(record.running, record)
+                except (EdgewardError, OSError) as error:
                     log.error("slot %s: %s cannot run again: %s", name, record.running.model, error)
+                    continue
+                self._active[name] = self._made(opened, record.policy)
+                self._tables[name] = opened.table
+        self._sweep()
         self._thread.start()
 
     def stop(self) -> None:
         with self._lock:
+            if self._stop:
+                return
             self._stop = True
             self._lock.notify_all()
         self._thread.join(30)
@@ -91,18 +109,68 @@ class Slots:
         now = self._clock.now()
         with self._lock:
             for name, target in targets.items():
-                running = self._active.get(name)
-                candidate = self._candidates.get(name)
-                if running is not None and running.ref == target.active:
-                    self._candidates[name] = SlotState(target.active, Phase.ACTIVE, since=now)
-                elif (
-                    candidate is None or candidate.target != target.active or candidate.phase is Phase.ACTIVE
-                ):
-                    self._candidates[name] = wish(target.active, quarantined, now)
+                wanted = (target.active, target.policy)
+                running, candidate = self._active.get(name), self._candidates.get(name)
+                held = running is not None and (running.ref, running.policy) == wanted
+                known = candidate is not None and (candidate.target, candidate.policy) == wanted
+                if known and candidate is not None and (candidate.phase in _HELD) == held:
+                    continue
+                if held:
+                    losses = self._looping.get(name, 0)
+                    self._candidates[name] = lifecycle.holds(*wanted, losses, now)
+                else:
+                    self._candidates[name] = lifecycle.wish(target.active, quarantined, now, target.policy)
             for name in set(self._candidates) - set(targets):
                 del self._candidates[name]
             self._lock.notify_all()
         self._changed()
+
+    def crash_looped(self, name: str, losses: int, seconds: float) -> None:
+        """A model's worker was lost `losses` times within `seconds`; for the engine, does not wait."""
+        with self._lock:
+            for slot, model in self._active.items():
+                # A candidate of the same name, or another slot with the same model, has its own count.
+                if model.runner.restarts < losses or _runner_name(model.ref) != name:
+                    continue
+                self._looping[slot] = losses
+                state = self._candidates.get(slot)
+                if state is not None and state.phase is Phase.ACTIVE:
+                    self._candidates[slot] = lifecycle.crash_loop(state, losses, self._clock.now())
+                log.error("slot %s: %s is in a crash loop: %d losses in %.0f s", slot, name, losses, seconds)
+        self._changed()
+
+    def recovered(self, name: str) -> None:
+        """A model's crash loop is over; for the engine, does not wait."""
+        with self._lock:
+            for slot in [slot for slot in self._looping if _runner_name(self._active[slot].ref) == name]:
+                del self._looping[slot]
+                state = self._candidates.get(slot)
+                if state is not None and state.phase is Phase.DEGRADED:
+                    self._candidates[slot] = lifecycle.recovered(state, self._clock.now())
+                log.info("slot %s: %s has recovered from its crash loop", slot, name)
+        self._changed()
+
+    def conditions(self) -> list[Condition]:
+        """What is unusual about what runs: one condition of each type, naming the slots."""
+        by_type: dict[str, Condition] = {}
+        with self._lock:
+            active = dict(self._active)
+        for slot, model in sorted(active.items()):
+            found = model.condition
+            if found is None:
+                continue
+            first = by_type.get(found.type)
+            message = f"slot {slot}: {found.message}"
+            by_type[found.type] = (
+                msgspec.structs.replace(found, message=message)
+                if first is None
+                else msgspec.structs.replace(
+                    first,
+                    message=f"{first.message}; {message}",
+                    last_transition_time=max(first.last_transition_time, found.last_transition_time),
+                )
+            )
+        return list(by_type.values())
 
     def report(self) -> dict[str, SlotReport]:
         with self._lock:
@@ -112,8 +180,9 @@ class Slots:
     def _report_one(self, name: str) -> SlotReport:
         candidate, active = self._candidates.get(name), self._active.get(name)
         record = self._records.get(name, SlotRecord())
+        unwished = Phase.DEGRADED if name in self._looping else Phase.ACTIVE
         return SlotReport(
-            phase=candidate.phase if candidate else Phase.ACTIVE,
+            phase=candidate.phase if candidate else unwished,
             reason=candidate.reason if candidate else "",
             message=candidate.message if candidate else "",
             measured=candidate.measured if candidate else None,
@@ -125,6 +194,7 @@ class Slots:
             previous=record.previous,
             variant=active.package.variant.name if active else "",
             provider=active.runner.provider if active else "",
+            variants=list(self._tables.get(name, ())),
         )
 
     # the candidate's way
@@ -151,98 +221,109 @@ class Slots:
 
     def _advance(self, name: str, candidate: SlotState) -> None:
         """Walk one candidate as far as it goes; every stop carries its reason."""
-        target = candidate.target
+        target, policy = candidate.target, candidate.policy
         walk = _Walk(self, name, candidate)
-        runner: Runner | None = None
         try:
             walk.to(Event.BEGUN)
             manifest = self._verifier.fetch_manifest(target)
-            variant = choose_variant(manifest, self._runtimes)
-            self._verifier.fetch_blobs(manifest, variant)
+            self._activation.fetch(manifest, policy)
             walk.to(Event.FETCHED)
-            package = self._verifier.open(target, manifest, variant)
+            self._activation.verify(target, manifest, policy)
             walk.to(Event.VERIFIED)
             walk.to(Event.TESTING)
-            runner, verdict = self._test(package)
-            if not verdict.passed:
-                runner.stop()
-                self._refuse(walk, "SelfTestFailed", verdict.message, verdict.measured, verdict.limit)
-                return
-            self._activate(name, package, runner)
-            walk.to(Event.PASSED, reason="SelfTestPassed", measured=verdict.measured, limit=verdict.limit)
-        except _Replaced:
-            if runner is not None:
-                runner.stop()
+            self._activate(walk, self._activation.open(target, manifest, policy, walk.check))
         except Unavailable as error:
             walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error))
-        except (DigestMismatch, TrustError, PackageError) as error:
-            self._refuse(walk, type(error).__name__, str(error))
-        except RuntimeFault as error:
-            self._refuse(walk, "RuntimeFault", str(error))
+        except Refused as error:
+            self._refuse(walk, error)
+        except (DigestMismatch, TrustError, PackageError, RuntimeFault) as error:
+            self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
         except (EdgewardError, OSError) as error:
             log.exception("slot %s: %s", name, error)
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
 
-    def _test(self, package: VerifiedPackage) -> tuple[Runner, selftest.Verdict]:
-        """Load on a worker and compare with the golden vectors. Raises RuntimeFault, PackageError."""
-        ref = package.ref
-        inputs = selftest.golden_inputs(package.golden)
-        runner = self._engine.open(
-            package.variant.runtime,
-            package.content,
-            f"{ref.model}:{ref.version}",
-            batchable=_may_join(package.variant),
-        )
-        try:
-            got = runner.infer(inputs)
-            tolerance = package.manifest.golden
-            return runner, selftest.judge(package.golden, got, tolerance.atol, tolerance.rtol)
-        except BaseException:
-            runner.stop()
-            raise
-
-    def _activate(self, name: str, package: VerifiedPackage, runner: Runner) -> None:
+    def _activate(self, walk: _Walk, opened: Opened) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""
-        old = self._active.get(name)
-        record = self._records.get(name, SlotRecord())
-        record = SlotRecord(package.ref, record.running if record.running != package.ref else record.previous)
-        self._state.set_slot(name, record)
-        with self._lock:
-            self._records[name] = record
-            self._active[name] = ActiveModel(package, runner, LiveBaseline(package.manifest.baseline))
+        name, policy = walk.name, walk.state.policy
+        before = self._records.get(name, SlotRecord())
+        record = _recorded(before, opened, policy)
+        try:
+            walk.check()
+            self._state.set_slot(name, record)
+            try:
+                with self._lock:
+                    walk.take(
+                        Event.PASSED, reason="SelfTestPassed", measured=opened.measured, limit=opened.limit
+                    )
+                    old = self._active.get(name)
+                    self._records[name] = record
+                    self._active[name] = self._made(opened, policy)
+                    self._tables[name] = opened.table
+                    self._looping.pop(name, None)
+            except _Replaced:
+                self._state.set_slot(name, before)
+                raise
+        except BaseException:
+            opened.runner.stop()
+            raise
+        walk.tell()
         if old is not None:
             old.runner.stop()
+        self._sweep()
 
-    def _refuse(
-        self,
-        walk: _Walk,
-        reason: str,
-        message: str,
-        measured: float | None = None,
-        limit: float | None = None,
-    ) -> None:
+    def _refuse(self, walk: _Walk, refusal: Refused) -> None:
         target = walk.state.target
-        log.error("slot %s: refused %s:%s: %s", walk.name, target.model, target.version, message)
-        self._state.quarantine(target.digest, reason, self._clock.now())
-        walk.to(Event.REFUSED, reason=reason, message=message, measured=measured, limit=limit)
+        log.error("slot %s: refused %s:%s: %s", walk.name, target.model, target.version, refusal)
+        # What fails under this policy only may pass under another.
+        if refusal.lasting:
+            self._state.quarantine(target.digest, refusal.reason, self._clock.now())
+        with self._lock:
+            walk.take(
+                Event.REFUSED,
+                reason=refusal.reason,
+                message=str(refusal),
+                measured=refusal.measured,
+                limit=refusal.limit,
+            )
+            self._tables[walk.name] = refusal.table
+        walk.tell()
+        self._sweep()
 
-    def _load_again(self, ref: ModelRef) -> ActiveModel:
-        manifest: Manifest = self._verifier.reopen_manifest(ref)
-        variant: Variant = choose_variant(manifest, self._runtimes)
-        package = self._verifier.open(ref, manifest, variant)
-        runner = self._engine.open(
-            variant.runtime, package.content, f"{ref.model}:{ref.version}", batchable=_may_join(variant)
-        )
-        return ActiveModel(package, runner, LiveBaseline(manifest.baseline))
+    def _made(self, opened: Opened, policy: SlotPolicy) -> ActiveModel:
+        condition = opened.condition
+        if condition is not None and not condition.last_transition_time:
+            condition = msgspec.structs.replace(condition, last_transition_time=self._clock.now())
+        live = LiveBaseline(opened.package.manifest.baseline)
+        return ActiveModel(opened.package, opened.runner, live, policy, condition)
+
+    def _sweep(self) -> None:
+        """Compiled forms stay with the blobs that a slot runs or may go back to."""
+        records = self._records.values()
+        self._activation.sweep(blob for record in records for blob in (record.blob, record.previous_blob))
 
 
-def _may_join(variant: Variant) -> bool:
-    """Whether every tensor has a free first dimension."""
-    return all(spec.shape and spec.shape[0] == -1 for spec in (*variant.inputs, *variant.outputs))
+def _runner_name(ref: ModelRef) -> str:
+    return f"{ref.model}:{ref.version}"
+
+
+def _recorded(before: SlotRecord, opened: Opened, policy: SlotPolicy) -> SlotRecord:
+    """The durable record after an activation; the same model under another policy keeps its predecessor."""
+    package = opened.package
+    again = before.running == package.ref
+    return SlotRecord(
+        running=package.ref,
+        previous=before.previous if again else before.running,
+        policy=policy,
+        variant=package.variant.name,
+        batchable=opened.batchable,
+        blob=package.variant.blob.digest,
+        previous_blob=before.previous_blob if again else before.blob,
+        variants=list(opened.table),
+    )
 
 
 class _Replaced(Exception):
-    """A newer wish has taken the candidate's place."""
+    """A newer wish has taken the candidate's place, or the agent stops."""
 
 
 class _Walk:
@@ -253,7 +334,14 @@ class _Walk:
         self.name = name
         self.state = state
 
-    def to(
+    def check(self) -> None:
+        """Raises _Replaced when there is nothing to go on for."""
+        slots = self._slots
+        with slots._lock:
+            if slots._stop or slots._candidates.get(self.name) != self.state:
+                raise _Replaced
+
+    def take(
         self,
         event: Event,
         *,
@@ -262,22 +350,22 @@ class _Walk:
         measured: float | None = None,
         limit: float | None = None,
     ) -> None:
+        """One step, not told to anyone yet. Raises _Replaced."""
         slots = self._slots
-        after = step(
-            self.state,
-            event,
-            slots._clock.now(),
-            reason=reason,
-            message=message,
-            measured=measured,
-            limit=limit,
-        )
+        now = slots._clock.now()
+        after = step(self.state, event, now, reason=reason, message=message, measured=measured, limit=limit)
         with slots._lock:
-            if slots._candidates.get(self.name) != self.state:
-                raise _Replaced
-            slots._candidates[self.name] = self.state = replace(after)
-        target = after.target
+            self.check()
+            slots._candidates[self.name] = self.state = after
+
+    def tell(self) -> None:
+        target, after = self.state.target, self.state
         log.info(
             "slot %s: %s:%s is %s %s", self.name, target.model, target.version, after.phase, after.message
         )
-        slots._changed()
+        # Never with the lock held: whoever is told asks for a report.
+        self._slots._changed()
+
+    def to(self, event: Event, *, reason: str = "", message: str = "") -> None:
+        self.take(event, reason=reason, message=message)
+        self.tell()

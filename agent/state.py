@@ -17,17 +17,22 @@ from pathlib import Path
 import msgspec
 
 from edgeward.wire.desired import ModelRef
+from edgeward.wire.reports import VariantMeasure
 from edgeward.wire.rows import Row
+from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.topics import LANES, Lane
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS quarantine (digest TEXT PRIMARY KEY, reason TEXT, at REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS measurement (key TEXT PRIMARY KEY, value BLOB NOT NULL, at REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lane (name TEXT PRIMARY KEY, next_seq INTEGER, acked INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outbox (lane TEXT, seq INTEGER, row BLOB NOT NULL, PRIMARY KEY (lane, seq)) WITHOUT ROWID;
 """
+
+MEASUREMENTS_KEPT = 256
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -45,7 +50,11 @@ class LaneState:
 
 
 class SlotRecord(msgspec.Struct, frozen=True):
-    """What a slot runs and ran: survives every restart. `refused` names a target that failed here."""
+    """What a slot runs and ran: survives every restart. `refused` names a target that failed here.
+
+    `policy`, `variant` and `batchable` are how `running` was activated, `blob` and `previous_blob` the
+    digests of the variants' blobs, and `variants` what the choice was made from.
+    """
 
     running: ModelRef | None = None
     previous: ModelRef | None = None
@@ -54,6 +63,21 @@ class SlotRecord(msgspec.Struct, frozen=True):
     message: str = ""
     measured: float | None = None
     limit: float | None = None
+    policy: SlotPolicy = SlotPolicy()
+    variant: str = ""
+    batchable: bool = False
+    blob: str = ""
+    previous_blob: str = ""
+    variants: list[VariantMeasure] = []
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One variant on this device: latency of one example in milliseconds, resident memory of its worker."""
+
+    provider: str
+    p50_ms: float
+    p95_ms: float
+    memory_bytes: int
 
 
 class State:
@@ -139,6 +163,24 @@ class State:
     def quarantined(self) -> list[str]:
         with self._lock:
             return [row[0] for row in self._db.execute("SELECT digest FROM quarantine ORDER BY at, digest")]
+
+    def measurement(self, key: str) -> Measurement | None:
+        """What was measured under `key` before; None also for what another version of the agent wrote."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM measurement WHERE key=?", (key,)).fetchone()
+        try:
+            return None if row is None else msgspec.msgpack.decode(row[0], type=Measurement)
+        except msgspec.DecodeError:
+            return None
+
+    def set_measurement(self, key: str, value: Measurement, at: float) -> None:
+        """Keep it; the oldest beyond MEASUREMENTS_KEPT are forgotten."""
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO measurement VALUES (?,?,?)", (key, _encode(value), at))
+            self._db.execute(
+                "DELETE FROM measurement WHERE key NOT IN (SELECT key FROM measurement ORDER BY at DESC LIMIT ?)",
+                (MEASUREMENTS_KEPT,),
+            )
 
     # sources
 

@@ -136,17 +136,3 @@ class Verifier:
                 f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
             )
         return manifest
-
-
-def choose_variant(manifest: Manifest, runtimes: dict[str, str]) -> Variant:
-    """The first variant whose runtime is installed; the order in the manifest is the releaser's preference.
-
-    Raises PackageError naming what the device has.
-    """
-    for variant in manifest.variants:
-        if variant.runtime in runtimes:
-            return variant
-    offered = ", ".join(sorted({variant.runtime for variant in manifest.variants}))
-    raise PackageError(
-        f"{manifest.model}:{manifest.version} needs one of: {offered}; this device has: {', '.join(runtimes) or 'none'}"
-    )

@@ -10,6 +10,7 @@ import msgspec
 from edgeward.storage import sha256_hex
 from edgeward.wire.desired import DesiredState, ModelRef, SlotTarget, StreamTarget
 from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.slots import SlotPolicy
 
 DESIRED_LIFETIME = 7 * 86400.0
 REISSUE_BEFORE = 2 * 86400.0
@@ -35,14 +36,20 @@ def compose(
     now: float,
     models: dict[str, ModelRef],
     streams: list[StreamTarget],
+    policies: Mapping[str, SlotPolicy] | None = None,
 ) -> DesiredState:
+    """`models` and `policies` by slot; a slot without a policy runs by the default one."""
+    default, policies = SlotPolicy(), policies or {}
     return DesiredState(
         site=site,
         device=device,
         generation=generation,
         issued_at=now,
         expires_at=now + DESIRED_LIFETIME,
-        slots={slot: SlotTarget(active=model) for slot, model in sorted(models.items())},
+        slots={
+            slot: SlotTarget(active=model, policy=policies.get(slot, default))
+            for slot, model in sorted(models.items())
+        },
         streams=sorted(streams, key=lambda stream: stream.name),
     )
 

@@ -26,6 +26,7 @@ from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
 from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, model_version_name
+from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
 
 log = logging.getLogger(__name__)
@@ -151,18 +152,19 @@ class _Work:
         self._rollouts = sorted(resources.find(session, "Rollout"), key=lambda row: row.id or 0)
         self._assignments: Assignments = records.assignments(session)
         self.desired = records.desired_states(session)
-        self._members = {name: self._match(row) for name, row in self._fleets.items()}
+        specs = {name: msgspec.convert(row.spec, FleetSpec) for name, row in self._fleets.items()}
+        self._policies = {name: spec.slots for name, spec in specs.items()}
+        self._members = {name: self._match(spec) for name, spec in specs.items()}
         self.renewed: set[str] = set()
         self.changed = False
         self.busy = False
 
-    def _match(self, fleet: ResourceRow) -> list[str]:
+    def _match(self, fleet: FleetSpec) -> list[str]:
         """Devices of a fleet that may get something: revoked ones get nothing any more."""
-        wanted = msgspec.convert(fleet.spec, FleetSpec).match_labels
         return [
             name
             for name, row in self.devices.items()
-            if not row.spec["revoked"] and device_rules.matches(row.labels, wanted)
+            if not row.spec["revoked"] and device_rules.matches(row.labels, fleet.match_labels)
         ]
 
     def run(self) -> None:
@@ -176,8 +178,13 @@ class _Work:
                 newer = group[-1].name if row is not group[-1] else ""
                 self._roll(row, newer, adopts=bool(complete) and complete[-1] == row.name)
         self._models: dict[str, dict[str, ModelRef]] = {}
+        self._slot_policies: dict[str, dict[str, SlotPolicy]] = {}
         for (device, slot), assigned in self._assignments.items():
             self._models.setdefault(device, {})[slot] = _model(assigned.active)
+            # Devices may be in several fleets: the one whose rollout brought the model also says how it runs.
+            policy = self._policies.get(assigned.fleet, {}).get(slot)
+            if policy is not None:
+                self._slot_policies.setdefault(device, {})[slot] = policy
         for row in self.devices.values():
             self._desire(row)
 
@@ -263,7 +270,8 @@ class _Work:
             return
         models = self._models.get(name, {})
         streams = self._streams_of(name)
-        draft = device_rules.compose(row.spec["site"], name, 0, self._now, models, streams)
+        policies = self._slot_policies.get(name, {})
+        draft = device_rules.compose(row.spec["site"], name, 0, self._now, models, streams, policies)
         content = device_rules.content_digest(draft.slots, draft.streams)
         held = self.desired.get(name)
         if (

@@ -67,10 +67,28 @@ class Status(Struct, frozen=True):
     inventory: Inventory = Inventory()
 
 
+class VariantMeasure(Struct, frozen=True):
+    """What a device found out about one variant: one example's latency in milliseconds, its worker's memory.
+
+    A figure that was not taken is None. `reason` says why the variant was not chosen.
+    """
+
+    name: str
+    runtime: str
+    provider: str = ""
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    memory_bytes: int | None = None
+    quality: float | None = None
+    chosen: bool = False
+    reason: str = ""
+
+
 class SlotReport(Struct, frozen=True):
     """One slot: the phase of the newest wish for it, and what it really runs meanwhile.
 
-    `measured` and `limit` say by how much a check failed or what is waited for.
+    `measured` and `limit` say by how much a check failed or what is waited for. `variants` is what the
+    newest selection was made from.
     """
 
     phase: Phase
@@ -85,6 +103,7 @@ class SlotReport(Struct, frozen=True):
     previous: ModelRef | None = None
     variant: str = ""
     provider: str = ""
+    variants: list[VariantMeasure] = []
 
 
 class Condition(Struct, frozen=True, rename="camel"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from controller.devices import slots_of
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
-from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.reports import Phase, SlotReport, VariantMeasure
+from edgeward.wire.slots import SlotPolicy
 
 
 def opened(device: Any, newer_than: int = 0, wait: float = 10.0) -> DesiredState | None:
@@ -60,3 +62,47 @@ def test_a_good_version_reaches_all_and_a_bad_one_stops_at_the_canary(
     three = plant.enroll("d3")
     late = until(lambda: (got := opened(three, wait=0)) and got.slots and got)
     assert late.slots["default"].active == v1
+
+
+def test_the_policy_of_the_fleet_that_brought_a_model_travels_with_it(
+    plant: Any, until: Any, make: Any, rollout: Any
+) -> None:
+    plant.begin()
+    device = plant.enroll("d1")
+    plant.publish(1)
+    line = {"matchLabels": {"site": "north"}, "streams": ["s1"]}
+    plant.client.apply(
+        [
+            make("Fleet", "line", **line, slots={"default": {"maxLatencyMs": 5.0, "threads": 2}}),
+            # This one matches the device too, but did not bring the model.
+            make("Fleet", "other", matchLabels={"device": "d1"}, slots={"default": {"threads": 8}}),
+            rollout("r1", 1),
+        ]
+    )
+    first = until(lambda: (got := opened(device, wait=0)) and got.slots and got)
+    assert first.slots["default"].policy == SlotPolicy(threads=2, max_latency_ms=5.0)
+
+    plant.client.apply([make("Fleet", "line", **line, slots={"default": {"threads": 4}})])
+    changed = opened(device, first.generation)
+    assert changed is not None and changed.generation > first.generation
+    assert changed.slots["default"].policy == SlotPolicy(threads=4)
+    assert changed.slots["default"].active == first.slots["default"].active
+
+    plant.client.apply([make("Fleet", "line", **line, slots={"unused": {"threads": 4}})])
+    back = opened(device, changed.generation)
+    assert back is not None and back.slots["default"].policy == SlotPolicy()
+
+
+def test_what_a_device_measured_of_each_variant_is_in_its_status(plant: Any) -> None:
+    plant.begin()
+    device, model = plant.enroll("d1"), plant.publish(1)
+    table = [
+        VariantMeasure("int8", "onnx", "CPU", 1.5, 2.5, 64 << 20, 0.9, chosen=True),
+        VariantMeasure("edge", "tflite", reason="runtime tflite is not installed"),
+    ]
+    report = SlotReport(Phase.ACTIVE, target=model, running=model, variants=table)
+    device.http.send(*device.reported(1, {"default": report}))
+    status = plant.device("d1")["status"]
+    kept = status["slots"]["default"]["variants"]
+    assert kept[0]["p95_ms"] == 2.5 and kept[0]["chosen"] and "not installed" in kept[1]["reason"]
+    assert slots_of(status)["default"].variants == table

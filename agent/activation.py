@@ -1,0 +1,386 @@
+"""From a verified manifest to a tested runner: which variant, on which provider, and whether it is good enough."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from agent import measure, selftest
+from agent.runtime.engine import Engine
+from agent.runtime.port import LoadOptions, Runner
+from agent.runtime.worker import DeadlineExceeded
+from agent.selection import Candidate, Choice, choose, eligible, to_measure
+from agent.state import Measurement, SlotRecord, State
+from agent.verify import VerifiedPackage, Verifier
+from edgeward.clock import Clock
+from edgeward.errors import EdgewardError, PackageError, RuntimeFault
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.package import Manifest, Variant
+from edgeward.wire.reports import Condition, VariantMeasure
+from edgeward.wire.slots import SlotPolicy
+
+log = logging.getLogger(__name__)
+
+
+class ProviderVerdict(Protocol):
+    """`fault` says why the provider really used is not acceptable; `condition` what the device shall tell of it."""
+
+    @property
+    def fault(self) -> str: ...
+
+    @property
+    def condition(self) -> Condition | None: ...
+
+
+class ProviderRules(Protocol):
+    """Which execution providers to ask for, and what to think of the one that the runtime took."""
+
+    def wanted(
+        self, available: list[str], variant_providers: list[str], policy: SlotPolicy
+    ) -> tuple[str, ...]: ...
+
+    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> ProviderVerdict: ...
+
+
+@dataclass(frozen=True)
+class _Fine:
+    fault: str = ""
+    condition: Condition | None = None
+
+
+class CpuOnly:
+    """Asks for nothing in particular and takes what comes."""
+
+    def wanted(
+        self, available: list[str], variant_providers: list[str], policy: SlotPolicy
+    ) -> tuple[str, ...]:
+        return ()
+
+    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> ProviderVerdict:
+        return _Fine()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the device brings to an activation.
+
+    `machine` identifies its chip and drivers (see measure.machine_key), `available` are the runtime's
+    providers, `compiled` the folder for compiled models (None: none are kept), `seconds` the time for
+    measuring one variant.
+    """
+
+    machine: str = ""
+    available: tuple[str, ...] = ()
+    rules: ProviderRules = field(default_factory=CpuOnly)
+    compiled: Path | None = None
+    seconds: float = measure.SECONDS
+
+
+class Refused(EdgewardError):
+    """A model must not run here. `lasting`: whatever the policy, so its digest is never tried again."""
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        measured: float | None = None,
+        limit: float | None = None,
+        lasting: bool = False,
+        table: tuple[VariantMeasure, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.measured = measured
+        self.limit = limit
+        self.lasting = lasting
+        self.table = table
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tested model on its runner. `measured` and `limit` are the golden vectors' worst difference."""
+
+    package: VerifiedPackage
+    runner: Runner
+    batchable: bool
+    condition: Condition | None = None
+    table: tuple[VariantMeasure, ...] = ()
+    measured: float | None = None
+    limit: float | None = None
+
+
+class _ProviderFault(RuntimeFault):
+    """The runtime does not use the provider that the policy wants."""
+
+
+class Activation:
+    """One model at a time; from the slots' thread only."""
+
+    def __init__(
+        self,
+        state: State,
+        verifier: Verifier,
+        engine: Engine,
+        runtimes: dict[str, str],
+        clock: Clock,
+        setup: Setup | None = None,
+    ) -> None:
+        self._state = state
+        self._verifier = verifier
+        self._engine = engine
+        self._runtimes = runtimes
+        self._clock = clock
+        self._setup = setup or Setup()
+
+    def fetch(self, manifest: Manifest, policy: SlotPolicy) -> None:
+        """Get the blobs of every variant that may be chosen. Raises Refused when none can run here."""
+        candidates = self._candidates(manifest)
+        if not eligible(candidates, policy):
+            raise self._refused(manifest, choose(candidates, policy), {})
+        names = {candidate.name for candidate in eligible(candidates, policy)}
+        for variant in manifest.variants:
+            if variant.name in names:
+                self._verifier.fetch_blobs(manifest, variant)
+
+    def verify(self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy) -> None:
+        """Hash and check what `fetch` got. Raises DigestMismatch, PackageError."""
+        names = {candidate.name for candidate in eligible(self._candidates(manifest), policy)}
+        for variant in manifest.variants:
+            if variant.name in names:
+                self._verifier.open(ref, manifest, variant)
+
+    def open(
+        self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy, going_on: Callable[[], None]
+    ) -> Opened:
+        """Measure what must be measured, choose, and test the chosen variant with the golden vectors.
+
+        `going_on` may raise to stop at any step. A variant that does not run gives way to the next best.
+        Raises Refused, DigestMismatch, PackageError, Unavailable.
+        """
+        candidates = self._candidates(manifest)
+        variants = {variant.name: variant for variant in manifest.variants}
+        faults: dict[str, RuntimeFault] = {}
+        while True:
+            while names := to_measure(candidates, policy):
+                for index, candidate in enumerate(candidates):
+                    if candidate.name in names:
+                        going_on()
+                        variant = variants[candidate.name]
+                        candidates[index] = self._measured(
+                            ref, manifest, variant, candidate, policy, faults, going_on
+                        )
+            choice = choose(candidates, policy)
+            if not choice.chosen:
+                raise self._refused(manifest, choice, faults)
+            going_on()
+            try:
+                opened = self._test(ref, manifest, variants[choice.chosen], policy, choice)
+            except RuntimeFault as error:
+                index = next(at for at, item in enumerate(candidates) if item.name == choice.chosen)
+                candidates[index] = _fault(candidates[index], error, faults)
+                continue
+            return opened
+
+    def reopen(self, ref: ModelRef, record: SlotRecord) -> Opened:
+        """What ran before, as it ran: from verified bytes on disk, without a network and without measuring.
+
+        Raises RuntimeFault, DigestMismatch, PackageError, EdgewardError.
+        """
+        manifest = self._verifier.reopen_manifest(ref)
+        installed = [variant for variant in manifest.variants if variant.runtime in self._runtimes]
+        named = [variant for variant in installed if variant.name == record.variant]
+        variant = next(iter(named or installed), None)
+        if variant is None:
+            raise PackageError(f"{ref.model}:{ref.version}: no variant's runtime is installed any more")
+        package = self._verifier.open(ref, manifest, variant)
+        runner, condition = self._open(package, record.policy, record.batchable and bool(named))
+        return Opened(package, runner, record.batchable and bool(named), condition, tuple(record.variants))
+
+    def sweep(self, keep: Iterable[str]) -> None:
+        """Remove the compiled forms of every blob that is not in `keep`."""
+        folder = self._setup.compiled
+        if folder is None or not folder.is_dir():
+            return
+        wanted = set(keep)
+        for entry in folder.iterdir():
+            if entry.name not in wanted:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    # parts
+
+    def _candidates(self, manifest: Manifest) -> list[Candidate]:
+        return [
+            Candidate(
+                variant.name, variant.runtime, variant.quality, installed=variant.runtime in self._runtimes
+            )
+            for variant in manifest.variants
+        ]
+
+    def _measured(
+        self,
+        ref: ModelRef,
+        manifest: Manifest,
+        variant: Variant,
+        candidate: Candidate,
+        policy: SlotPolicy,
+        faults: dict[str, RuntimeFault],
+        going_on: Callable[[], None],
+    ) -> Candidate:
+        """The candidate with its figures, or with the reason why it does not run here."""
+        asked = self._wanted(variant, policy)
+        runtime = self._runtimes[variant.runtime]
+        key = measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked)
+        found = self._state.measurement(key)
+        try:
+            if found is None:
+                found = self._measure(ref, manifest, variant, policy, asked, going_on)
+                self._state.set_measurement(key, found, self._clock.now())
+            self._judge(asked, found.provider, policy)
+        except RuntimeFault as error:
+            log.warning("%s:%s %s does not run here: %s", ref.model, ref.version, variant.name, error)
+            return _fault(candidate, error, faults)
+        return replace(
+            candidate,
+            provider=found.provider,
+            p50_ms=found.p50_ms,
+            p95_ms=found.p95_ms,
+            memory_bytes=found.memory_bytes,
+        )
+
+    def _measure(
+        self,
+        ref: ModelRef,
+        manifest: Manifest,
+        variant: Variant,
+        policy: SlotPolicy,
+        asked: tuple[str, ...],
+        going_on: Callable[[], None],
+    ) -> Measurement:
+        self._verifier.fetch_blobs(manifest, variant)
+        package = self._verifier.open(ref, manifest, variant)
+        golden = selftest.golden_inputs(package.golden)
+        trial = measure.trial_policy(policy)
+        name = f"{ref.model}:{ref.version} {variant.name}"
+        options = self._options(variant, policy, asked)
+        runner = self._engine.open(variant.runtime, package.content, name, trial, options)
+        try:
+            self._judge(asked, runner.provider, policy)
+            limit = policy.memory_bytes
+            return measure.measure(
+                self._engine, runner, golden, limit, self._clock, going_on, self._setup.seconds
+            )
+        finally:
+            runner.stop()
+
+    def _test(
+        self, ref: ModelRef, manifest: Manifest, variant: Variant, policy: SlotPolicy, choice: Choice
+    ) -> Opened:
+        """The chosen variant under the slot's own policy. Raises Refused, RuntimeFault."""
+        self._verifier.fetch_blobs(manifest, variant)
+        package = self._verifier.open(ref, manifest, variant)
+        inputs = selftest.golden_inputs(package.golden)
+        tolerance = (manifest.golden.atol, manifest.golden.rtol)
+        batchable = free_rows(variant)
+        runner, condition = self._open(package, policy, batchable)
+        try:
+            verdict = selftest.judge(package.golden, runner.infer(inputs), *tolerance)
+            if not verdict.passed:
+                raise Refused(
+                    "SelfTestFailed",
+                    verdict.message,
+                    measured=verdict.measured,
+                    limit=verdict.limit,
+                    lasting=True,
+                    table=choice.table,
+                )
+            if batchable and not selftest.row_independent(runner, inputs, tolerance):
+                log.info("%s:%s: requests are not joined: its rows may depend on one another", *_name(ref))
+                batchable = False
+                runner.stop()
+                runner, condition = self._open(package, policy, batchable)
+        except BaseException:
+            runner.stop()
+            raise
+        return Opened(package, runner, batchable, condition, choice.table, verdict.measured, verdict.limit)
+
+    def _open(
+        self, package: VerifiedPackage, policy: SlotPolicy, batchable: bool
+    ) -> tuple[Runner, Condition | None]:
+        variant, ref = package.variant, package.ref
+        asked = self._wanted(variant, policy)
+        options = self._options(variant, policy, asked)
+        name = f"{ref.model}:{ref.version}"
+        runner = self._engine.open(
+            variant.runtime, package.content, name, policy, options, batchable=batchable
+        )
+        try:
+            return runner, self._judge(asked, runner.provider, policy)
+        except BaseException:
+            runner.stop()
+            raise
+
+    def _wanted(self, variant: Variant, policy: SlotPolicy) -> tuple[str, ...]:
+        return self._setup.rules.wanted(list(self._setup.available), variant.providers, policy)
+
+    def _judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> Condition | None:
+        verdict = self._setup.rules.judge(asked, used, policy)
+        if verdict.fault:
+            raise _ProviderFault(verdict.fault)
+        return verdict.condition
+
+    def _options(self, variant: Variant, policy: SlotPolicy, asked: tuple[str, ...]) -> LoadOptions:
+        compiled = ""
+        if self._setup.compiled is not None:
+            folder = self._setup.compiled / variant.blob.digest
+            # A compiled model is native code: nobody else may put one there.
+            self._setup.compiled.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            compiled = str(folder)
+        return LoadOptions(
+            threads=policy.threads,
+            providers=asked,
+            gpu_memory_bytes=policy.gpu_memory_bytes,
+            compiled=compiled,
+        )
+
+    def _refused(self, manifest: Manifest, choice: Choice, faults: dict[str, RuntimeFault]) -> Refused:
+        reason, message, lasting = choice.reason, choice.message, False
+        if reason == "NoRuntime":
+            message = f"{message}; this device has: {', '.join(self._runtimes) or 'none'}"
+        elif reason == "NotRunnable" and faults:
+            reason = _reason(next(iter(faults.values())))
+            # Another policy may bring another provider or more time; a model that does not load stays as it is.
+            lasting = all(_reason(fault) == "RuntimeFault" for fault in faults.values())
+        return Refused(
+            reason,
+            f"{manifest.model}:{manifest.version}: {message}",
+            measured=choice.measured,
+            limit=choice.limit,
+            lasting=lasting,
+            table=choice.table,
+        )
+
+
+def _fault(candidate: Candidate, error: RuntimeFault, faults: dict[str, RuntimeFault]) -> Candidate:
+    faults[candidate.name] = error
+    return replace(candidate, fault=str(error))
+
+
+def _reason(fault: RuntimeFault) -> str:
+    if isinstance(fault, _ProviderFault):
+        return "ProviderFallback"
+    return "DeadlineExceeded" if isinstance(fault, DeadlineExceeded) else "RuntimeFault"
+
+
+def _name(ref: ModelRef) -> tuple[str, int]:
+    return ref.model, ref.version
+
+
+def free_rows(variant: Variant) -> bool:
+    """Whether every tensor has a free first dimension."""
+    return all(spec.shape and spec.shape[0] == -1 for spec in (*variant.inputs, *variant.outputs))

@@ -1,0 +1,101 @@
+"""The slot's transition table: every way through it keeps its rules."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from agent import lifecycle
+from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, step, wish
+from agent.runtime import recovery
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.reports import Phase
+from edgeward.wire.slots import SlotPolicy
+
+ONE = ModelRef("m", 1, "1" * 64)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("event", list(Event))
+def test_only_what_the_table_holds_can_happen(phase: Phase, event: Event) -> None:
+    state = SlotState(ONE, phase=phase, since=1.0)
+    if (phase, event) in TABLE:
+        after = step(state, event, 2.0, reason="R", message="m", measured=1.0, limit=2.0)
+        assert after.phase is TABLE[(phase, event)]
+        assert (after.reason, after.message, after.measured, after.limit) == ("R", "m", 1.0, 2.0)
+        assert after.since == (1.0 if after.phase is phase else 2.0)
+    else:
+        with pytest.raises(ValueError, match="no step"):
+            step(state, event, 2.0)
+
+
+def test_only_a_passed_self_test_or_a_recovery_makes_active() -> None:
+    ways = {(phase, event) for (phase, event), after in TABLE.items() if after is Phase.ACTIVE}
+    assert ways == {(Phase.SELF_TEST, Event.PASSED), (Phase.DEGRADED, Event.RECOVERED)}
+    assert all(event is Event.WISHED for (phase, event), _ in TABLE.items() if phase is Phase.QUARANTINED), (
+        "what was refused comes back by a new wish only"
+    )
+
+
+def test_a_crash_loop_degrades_with_its_figures_until_it_is_over() -> None:
+    active = lifecycle.holds(ONE, SlotPolicy(), 0, 1.0)
+    looping = lifecycle.crash_loop(active, 5, 2.0)
+    assert (looping.phase, looping.reason) == (Phase.DEGRADED, "CrashLoop")
+    assert (looping.measured, looping.limit) == (5.0, float(recovery.LOOP_LOSSES))
+    assert lifecycle.holds(ONE, SlotPolicy(), 5, 2.0) == looping, "known also to a wish that comes later"
+    over = lifecycle.recovered(looping, 3.0)
+    assert (over.phase, over.measured, over.since) == (Phase.ACTIVE, None, 3.0)
+
+
+def test_a_quarantined_digest_is_refused_at_once() -> None:
+    assert wish(ONE, frozenset({ONE.digest}), 1.0).phase is Phase.QUARANTINED
+    fresh = wish(ONE, frozenset({"other"}), 1.0, SlotPolicy(threads=3))
+    assert fresh.phase is Phase.PENDING and fresh.policy.threads == 3
+
+
+def test_weeks_without_a_network_are_waited_out() -> None:
+    state = SlotState(ONE, phase=Phase.DOWNLOADING, failures=100_000)
+    assert step(state, Event.UNAVAILABLE, 1.0).retry_at == 1.0 + RETRY_MAX
+
+
+class Walk(RuleBasedStateMachine):
+    """Any sequence of events, allowed or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.tested = False
+        self.waits: list[float] = []
+        self.state = wish(ONE, frozenset(), self.now)
+
+    @rule(event=st.sampled_from(list(Event)), seconds=st.floats(0, 1000))
+    def happens(self, event: Event, seconds: float) -> None:
+        self.now += seconds
+        before = self.state
+        if (before.phase, event) not in TABLE:
+            with pytest.raises(ValueError, match="no step"):
+                step(before, event, self.now)
+            return
+        self.state = step(before, event, self.now)
+        if event is Event.WISHED:
+            self.tested = False
+        if event is Event.PASSED:
+            self.tested = True
+        if event is Event.UNAVAILABLE:
+            self.waits.append(self.state.retry_at - self.now)
+
+    @invariant()
+    def nothing_acts_untested(self) -> None:
+        assert self.state.phase not in (Phase.ACTIVE, Phase.DEGRADED) or self.tested
+
+    @invariant()
+    def waits_grow_up_to_a_limit(self) -> None:
+        assert self.waits == sorted(self.waits) and all(0 < wait <= RETRY_MAX + 1e-6 for wait in self.waits)
+
+    @invariant()
+    def the_wish_stays_what_it_was(self) -> None:
+        assert self.state.target == ONE
+
+
+TestWalk = Walk.TestCase

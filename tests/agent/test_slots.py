@@ -1,0 +1,446 @@
+"""Slots with real workers: what becomes active, what is refused, and what runs meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from agent.activation import Setup
+from agent.commands import register
+from agent.slots import Slots
+from agent.state import SlotRecord, State
+from edgeward.clock import SystemClock
+from edgeward.wire.desired import ModelRef, SlotTarget
+from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
+from edgeward.wire.slots import SlotPolicy
+
+ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
+RUNTIMES = {"onnx": "onnxruntime 1"}
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(machine="here", compiled=tmp_path / "compiled", seconds=0.2)
+
+
+@pytest.fixture
+def open_slots(tmp_path: Path, releaser: Any, engine: Any, setup: Setup) -> Iterator[Callable[..., Slots]]:
+    made: list[Slots] = []
+
+    def build(use: Any = None, how: Setup | None = None, state: State | None = None) -> Slots:
+        state = state or State(tmp_path / "state.db")
+        slots = Slots(state, releaser, use or engine, RUNTIMES, SystemClock(), lambda: None, how or setup)
+        slots.start()
+        made.append(slots)
+        return slots
+
+    yield build
+    for slots in made:
+        slots.stop()
+
+
+def wish(slots: Slots, ref: ModelRef, **policy: Any) -> None:
+    slots.wish({"default": SlotTarget(ref, policy=SlotPolicy(**policy))})
+
+
+def report(slots: Slots) -> SlotReport:
+    return slots.report()["default"]
+
+
+def settled(slots: Slots, until: Any) -> SlotReport:
+    """The report once the newest wish has come to its end."""
+    ends = (Phase.ACTIVE, Phase.QUARANTINED, Phase.DEGRADED)
+    found: SlotReport = until(lambda: (got := report(slots)).phase in ends and got)
+    return found
+
+
+def doubles(slots: Slots) -> bool:
+    active = slots.active("default")
+    assert active is not None
+    return bool(np.array_equal(active.runner.infer({"x": ROWS})["y"], ROWS * 2))
+
+
+def test_a_good_model_becomes_active_without_a_measurement_that_nobody_needs(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert (got.phase, got.reason, got.running, got.variant) == (Phase.ACTIVE, "SelfTestPassed", ref, "only")
+    assert got.measured == 0.0 and got.provider and doubles(slots)
+    assert engine.names == ["m:1"] and got.variants[0].chosen and got.variants[0].p95_ms is None
+    assert slots.active("default").policy == SlotPolicy()
+
+
+def test_a_model_off_its_golden_vectors_is_refused_and_the_running_one_stays(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    slots = open_slots()
+    good = releaser.release(1, ("only", models["fast"]))
+    bad = releaser.release(2, ("only", models["fast"]), outputs=ROWS * 3)
+    wish(slots, good)
+    settled(slots, until)
+    wish(slots, bad)
+    got = settled(slots, until)
+    assert (got.phase, got.reason, got.target, got.running) == (
+        Phase.QUARANTINED, "SelfTestFailed", bad, good,
+    )  # fmt: skip
+    assert got.measured is not None and got.limit is not None and got.measured > got.limit
+    assert doubles(slots) and slots._state.quarantined() == [bad.digest]
+    wish(slots, good)
+    assert report(slots).phase is Phase.ACTIVE
+    wish(slots, bad, threads=2)
+    assert report(slots).reason == "Quarantined", "the content is bad whatever the policy"
+
+
+def test_of_several_variants_the_fastest_is_taken_and_the_table_says_why(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(
+        1,
+        ("slow", models["slow"], 0.9),
+        ("fast", models["fast"], 0.9),
+        ("poor", models["fast"], 0.5),
+        ("other", models["fast"], 0.9, "tflite"),
+    )
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert got.variant == "fast" and doubles(slots)
+    table = {row.name: row for row in got.variants}
+    assert table["fast"].chosen and not table["slow"].chosen
+    assert table["slow"].reason == "slower than the chosen one"
+    assert table["slow"].p50_ms > table["fast"].p50_ms > 0 and table["fast"].memory_bytes > 0
+    assert table["fast"].p95_ms >= table["fast"].p50_ms and table["fast"].provider
+    assert "quality" in table["poor"].reason and table["poor"].p95_ms is None
+    assert "not installed" in table["other"].reason
+    assert set(releaser.fetched) == {"slow", "fast"}, "only what may be chosen is downloaded"
+    assert engine.names == ["m:1 slow", "m:1 fast", "m:1"]
+    trial = engine.opened[0][1]
+    assert trial.memory_bytes is None and trial.isolation == "process"
+
+
+def test_quality_may_be_given_up_within_tolerance_only(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("exact", models["slow"], 0.9), ("quick", models["fast"], 0.8))
+    wish(slots, ref)
+    assert settled(slots, until).variant == "exact"
+    wish(slots, ref, quality_tolerance=0.2)
+    assert until(lambda: report(slots).variant == "quick")
+    assert settled(slots, until).running == ref
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [({"max_latency_ms": 1e-6}, "LatencyCeiling"), ({"memory_bytes": 1 << 20}, "MemoryCeiling")],
+)
+def test_a_ceiling_refuses_with_both_figures_but_not_for_ever(
+    open_slots: Any, releaser: Any, models: Any, until: Any, policy: dict[str, Any], reason: str
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref, **policy)
+    got = settled(slots, until)
+    assert (got.phase, got.reason, got.running) == (Phase.QUARANTINED, reason, None)
+    assert got.measured is not None and got.measured > got.limit == next(iter(policy.values()))
+    assert got.variants[0].p95_ms is not None and not got.variants[0].chosen
+    assert slots._state.quarantined() == []
+    wish(slots, ref)
+    assert settled(slots, until).phase is Phase.ACTIVE
+
+
+def test_a_variant_that_does_not_load_gives_way_to_the_next(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("broken", b"\x08\x08 nonsense", 0.9), ("plain", models["fast"], 0.5))
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert got.variant == "plain" and "onnxruntime" in got.variants[0].reason
+    hopeless = releaser.release(2, ("broken", b"\x08\x08 nonsense"))
+    wish(slots, hopeless)
+    got = until(lambda: (now := report(slots)).phase is Phase.QUARANTINED and now)
+    assert got.reason == "RuntimeFault" and got.running == ref
+    assert slots._state.quarantined() == [hopeless.digest]
+
+
+def test_rows_are_joined_only_when_the_golden_rows_allow_it(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    wish(slots, releaser.release(1, ("only", models["fast"])))
+    settled(slots, until)
+    assert [batchable for *_, batchable in engine.opened] == [True]
+    mixed = releaser.release(2, ("only", models["centred"]), outputs=ROWS - ROWS.mean(axis=0))
+    wish(slots, mixed)
+    until(lambda: report(slots).running == mixed)
+    assert [batchable for *_, batchable in engine.opened] == [True, True, False]
+    assert not slots._records["default"].batchable
+
+
+def test_a_restart_runs_on_as_before_without_network_or_measuring(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    ref = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    first = open_slots()
+    wish(first, ref, threads=2)
+    before = settled(first, until)
+    first.stop()
+    engine.opened.clear()
+    releaser.offline = True
+    again = open_slots(state=State(tmp_path / "state.db"))
+    active = again.active("default")
+    assert active is not None and active.ref == ref and active.package.variant.name == "fast"
+    assert active.policy == SlotPolicy(threads=2) and doubles(again)
+    ((name, policy, options, batchable),) = engine.opened
+    assert (name, policy.threads, options.threads, batchable) == ("m:1", 2, 2, True)
+    wish(again, ref, threads=2)
+    assert report(again).phase is Phase.ACTIVE and report(again).variants == before.variants
+
+
+def test_what_was_measured_is_kept_for_the_same_circumstances(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup, tmp_path: Path
+) -> None:
+    ref = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    slots = open_slots()
+    wish(slots, ref)
+    first = settled(slots, until)
+    wish(slots, ref, max_latency_ms=1000.0)
+    until(lambda: slots.active("default").policy.max_latency_ms == 1000.0)
+    assert report(slots).variants == first.variants
+    assert engine.names == ["m:1 slow", "m:1 fast", "m:1", "m:1"]
+    wish(slots, ref, threads=2)
+    until(lambda: slots.active("default").policy.threads == 2)
+    assert engine.names[4:] == ["m:1 slow", "m:1 fast", "m:1"]
+    slots.stop()
+    other = open_slots(how=replace(setup, machine="another chip"), state=State(tmp_path / "state.db"))
+    wish(other, ref)
+    until(lambda: other.active("default").policy.threads == 1)
+    assert engine.names[-3:] == ["m:1 slow", "m:1 fast", "m:1"]
+
+
+def test_a_changed_policy_reloads_the_model_and_a_refused_one_leaves_it_running(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref)
+    settled(slots, until)
+    old = slots.active("default")
+    wish(slots, ref, max_latency_ms=1e-6)
+    got = until(lambda: (now := report(slots)).phase is Phase.QUARANTINED and now)
+    assert got.reason == "LatencyCeiling" and got.running == ref
+    assert slots.active("default") is old and doubles(slots)
+    wish(slots, ref, queue=7)
+    new = until(lambda: (now := slots.active("default")) is not old and now)
+    assert new.policy.queue == 7 and new.ref == ref and doubles(slots)
+    assert until(lambda: old.runner.pid is None), "its worker ends with it"
+    record = slots._state.slots()["default"]
+    assert (record.running, record.previous, record.policy.queue) == (ref, None, 7)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    fault: str = ""
+    condition: Condition | None = None
+
+
+class Rules:
+    """Provider rules whose judgement a test writes."""
+
+    def __init__(self, verdict: Verdict | None = None) -> None:
+        self.verdict = verdict or Verdict()
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def wanted(self, available: Any, variant_providers: Any, policy: SlotPolicy) -> tuple[str, ...]:
+        return ("CPUExecutionProvider",)
+
+    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> Verdict:
+        assert asked == ("CPUExecutionProvider",) and used
+        self.entered.set()
+        assert self.go_on.wait(60)
+        return self.verdict
+
+
+def test_a_model_that_is_replaced_while_it_is_tested_never_acts(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    rules = Rules()
+    slots = open_slots(how=replace(setup, rules=rules))
+    one = releaser.release(1, ("only", models["fast"]))
+    two = releaser.release(2, ("only", models["fast"]))
+    rules.go_on.clear()
+    wish(slots, one)
+    assert rules.entered.wait(60) and report(slots).phase is Phase.SELF_TEST
+    (abandoned,) = engine._runners
+    wish(slots, two)
+    rules.go_on.set()
+    until(lambda: report(slots).running is not None)
+    assert report(slots).running == two and doubles(slots)
+    assert slots._state.slots()["default"] == replace_record(slots, previous=None)
+    assert abandoned.pid is None
+
+
+def replace_record(slots: Slots, **changes: Any) -> SlotRecord:
+    return msgspec.structs.replace(slots._records["default"], **changes)
+
+
+def test_a_wish_that_comes_while_the_activation_is_written_down_wins(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    class Late(State):
+        def set_slot(self, name: str, record: SlotRecord) -> None:
+            super().set_slot(name, record)
+            if record.running == two:
+                wish(made, one)
+
+    one = releaser.release(1, ("only", models["fast"]))
+    two = releaser.release(2, ("only", models["fast"]))
+    made = open_slots(state=Late(tmp_path / "late.db"))
+    wish(made, one)
+    settled(made, until)
+    running = made.active("default")
+    wish(made, two)
+    until(lambda: made._state.slots()["default"].running == one and report(made).phase is Phase.ACTIVE)
+    assert made.active("default") is running and report(made).target == one and doubles(made)
+
+
+def test_the_provider_really_used_can_refuse_a_model_or_be_told(
+    open_slots: Any, releaser: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    rules = Rules(Verdict("asked for CUDA, runs on the CPU"))
+    slots = open_slots(how=replace(setup, rules=rules))
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert (got.phase, got.reason) == (Phase.QUARANTINED, "ProviderFallback")
+    assert "runs on the CPU" in got.message and slots._state.quarantined() == []
+    assert slots.conditions() == []
+    rules.verdict = Verdict(condition=Condition("ProviderFallback", "True", "NoCuda", "runs on the CPU"))
+    wish(slots, ref, cpu_fallback=True)
+    assert settled(slots, until).phase is Phase.ACTIVE
+    (condition,) = slots.conditions()
+    assert condition.type == "ProviderFallback" and condition.message == "slot default: runs on the CPU"
+    assert condition.last_transition_time > 0
+
+
+def test_compiled_forms_stay_with_the_blobs_that_a_slot_may_need(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    slots = open_slots()
+    folder = tmp_path / "compiled"
+    refs, blobs = [], []
+    for version in (1, 2, 3):
+        content = models["fast"] + b"\x32" + bytes([1]) + str(version).encode()  # another doc_string
+        ref = releaser.release(version, ("slow", models["slow"]), ("fast", content))
+        refs.append(ref)
+        blobs.append(releaser.manifests[ref.digest].variants[1].blob.digest)
+    for version, ref in enumerate(refs):
+        wish(slots, ref)
+        until(lambda ref=ref: report(slots).running == ref)
+        until(
+            lambda version=version: (
+                {path.name for path in folder.iterdir()} == set(blobs[max(0, version - 1) : version + 1])
+            )
+        )
+    for path in (folder, *folder.iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert {options.compiled for *_, options, _ in engine.opened} >= {str(folder / blob) for blob in blobs}
+
+
+class Shifted(SystemClock):
+    """The machine's clock, some seconds on."""
+
+    shift = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.shift
+
+
+def test_a_crash_loop_degrades_the_slot_until_it_is_over(
+    open_slots: Any, releaser: Any, watched: Any, models: Any, until: Any
+) -> None:
+    clock = Shifted()
+    made: list[Slots] = []
+    engine = watched(
+        on_crash_loop=lambda name, losses, seconds: made[0].crash_looped(name, losses, seconds),
+        on_recovered=lambda name: made[0].recovered(name),
+        clock=clock,
+    )
+    engine.start()
+    try:
+        made.append(slots := open_slots(use=engine))
+        ref = releaser.release(1, ("only", models["fast"]))
+        # The same model in another slot has its own worker, which is well.
+        slots.wish({"default": SlotTarget(ref), "other": SlotTarget(ref)})
+        until(lambda: all(item.phase is Phase.ACTIVE for item in slots.report().values()))
+        runner = slots.active("default").runner
+        for _ in range(5):
+            assert doubles(slots)
+            pid = until(lambda: runner.pid)
+            os.kill(pid, signal.SIGSEGV)
+            until(lambda pid=pid: runner.pid not in (None, pid))
+        got = until(lambda: (now := report(slots)).phase is Phase.DEGRADED and now)
+        assert (got.reason, got.measured, got.limit, got.running) == ("CrashLoop", 5.0, 5.0, ref)
+        assert slots.report()["other"].phase is Phase.ACTIVE
+        slots.wish({"default": SlotTarget(ref), "other": SlotTarget(ref)})
+        assert report(slots).phase is Phase.DEGRADED, "the same wish again does not heal it"
+        next_one = releaser.release(2, ("only", models["fast"]), outputs=ROWS * 3)
+        slots.wish({"default": SlotTarget(next_one), "other": SlotTarget(ref)})
+        until(lambda: report(slots).phase is Phase.QUARANTINED)
+        slots.wish({"default": SlotTarget(ref), "other": SlotTarget(ref)})
+        assert report(slots).phase is Phase.DEGRADED, "nor does a wish that failed"
+        assert doubles(slots)
+        clock.shift = 61.0
+        got = until(lambda: (now := report(slots)).phase is Phase.ACTIVE and now)
+        assert (got.reason, got.measured) == ("Recovered", None)
+    finally:
+        for slots in made:
+            slots.stop()
+        engine.stop()
+
+
+def test_records_of_an_older_agent_are_still_read(tmp_path: Path) -> None:
+    state = State(tmp_path / "state.db")
+    ref = ModelRef("m", 1, "1" * 64)
+    with state.transaction():
+        raw = msgspec.msgpack.encode({"running": ref, "previous": None})
+        state._db.execute("INSERT INTO slot VALUES ('default', ?)", (raw,))
+        state._db.execute("INSERT INTO measurement VALUES ('k', ?, 0)", (b"\xc1",))
+    record = state.slots()["default"]
+    assert record.running == ref and record.policy == SlotPolicy() and not record.batchable
+    assert state.measurement("k") is None and state.measurement("none") is None
+
+
+def test_agent_status_shows_what_the_choice_was_made_from(tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    state = State(tmp_path / "state.db")
+    table = [
+        VariantMeasure("int8", "onnx", "CPUExecutionProvider", 1.25, 2.5, 64 << 20, 0.9, chosen=True),
+        VariantMeasure("edge", "tflite", reason="runtime tflite is not installed"),
+    ]
+    state.set_slot("default", SlotRecord(ModelRef("m", 1, "1" * 64), variants=table))
+    state.close()
+    said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)]).output
+    assert "* int8  CPUExecutionProvider  p50 1.25 ms, p95 2.5 ms  64 MiB  quality 0.9" in said
+    assert "edge  tflite  runtime tflite is not installed" in said
+    plain = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
+    assert json.loads(plain)["slots"]["default"]["variants"][0]["p95_ms"] == 2.5
