@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 from agent import measure, selftest
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
+from agent.runtime.providers import Plan, Rules, Verdict
 from agent.runtime.worker import DeadlineExceeded
 from agent.selection import Candidate, Choice, choose, eligible, to_measure
 from agent.state import Measurement, SlotRecord, State
@@ -19,63 +20,35 @@ from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, PackageError, RuntimeFault
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.package import Manifest, Variant
+from edgeward.wire.package import Manifest, Runtime, Variant
 from edgeward.wire.reports import Condition, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
 
-class ProviderVerdict(Protocol):
-    """`fault` says why the provider really used is not acceptable; `condition` what the device shall tell of it."""
-
-    @property
-    def fault(self) -> str: ...
-
-    @property
-    def condition(self) -> Condition | None: ...
-
-
 class ProviderRules(Protocol):
     """Which execution providers to ask for, and what to think of the one that the runtime took."""
 
-    def wanted(
-        self, available: list[str], variant_providers: list[str], policy: SlotPolicy
-    ) -> tuple[str, ...]: ...
+    def plan(
+        self, runtime: Runtime, available: Sequence[str], variant: Sequence[str], policy: SlotPolicy
+    ) -> Plan: ...
 
-    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> ProviderVerdict: ...
-
-
-@dataclass(frozen=True)
-class _Fine:
-    fault: str = ""
-    condition: Condition | None = None
-
-
-class CpuOnly:
-    """Asks for nothing in particular and takes what comes."""
-
-    def wanted(
-        self, available: list[str], variant_providers: list[str], policy: SlotPolicy
-    ) -> tuple[str, ...]:
-        return ()
-
-    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> ProviderVerdict:
-        return _Fine()
+    def judge(self, plan: Plan, used: str, policy: SlotPolicy) -> Verdict: ...
 
 
 @dataclass(frozen=True)
 class Setup:
     """What the device brings to an activation.
 
-    `machine` identifies its chip and drivers (see measure.machine_key), `available` are the runtime's
+    `machine` identifies its chip and drivers (see measure.machine_key), `available` are the runtimes'
     providers, `compiled` the folder for compiled models (None: none are kept), `seconds` the time for
     measuring one variant.
     """
 
     machine: str = ""
     available: tuple[str, ...] = ()
-    rules: ProviderRules = field(default_factory=CpuOnly)
+    rules: ProviderRules = field(default_factory=Rules)
     compiled: Path | None = None
     seconds: float = measure.SECONDS
 
@@ -139,7 +112,7 @@ class Activation:
 
     def fetch(self, manifest: Manifest, policy: SlotPolicy) -> None:
         """Get the blobs of every variant that may be chosen. Raises Refused when none can run here."""
-        candidates = self._candidates(manifest)
+        candidates = self._candidates(manifest, policy)
         if not eligible(candidates, policy):
             raise self._refused(manifest, choose(candidates, policy), {})
         names = {candidate.name for candidate in eligible(candidates, policy)}
@@ -149,7 +122,7 @@ class Activation:
 
     def verify(self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy) -> None:
         """Hash and check what `fetch` got. Raises DigestMismatch, PackageError."""
-        names = {candidate.name for candidate in eligible(self._candidates(manifest), policy)}
+        names = {candidate.name for candidate in eligible(self._candidates(manifest, policy), policy)}
         for variant in manifest.variants:
             if variant.name in names:
                 self._verifier.open(ref, manifest, variant)
@@ -162,7 +135,7 @@ class Activation:
         `going_on` may raise to stop at any step. A variant that does not run gives way to the next best.
         Raises Refused, DigestMismatch, PackageError, Unavailable.
         """
-        candidates = self._candidates(manifest)
+        candidates = self._candidates(manifest, policy)
         variants = {variant.name: variant for variant in manifest.variants}
         faults: dict[str, RuntimeFault] = {}
         while True:
@@ -213,13 +186,24 @@ class Activation:
 
     # parts
 
-    def _candidates(self, manifest: Manifest) -> list[Candidate]:
-        return [
-            Candidate(
-                variant.name, variant.runtime, variant.quality, installed=variant.runtime in self._runtimes
+    def _candidates(self, manifest: Manifest, policy: SlotPolicy) -> list[Candidate]:
+        candidates = []
+        for variant in manifest.variants:
+            missing = "" if self._wanted(variant, policy).attempts else self._missing(variant, policy)
+            candidates.append(
+                Candidate(
+                    variant.name,
+                    variant.runtime,
+                    variant.quality,
+                    installed=variant.runtime in self._runtimes,
+                    fault=missing,
+                )
             )
-            for variant in manifest.variants
-        ]
+        return candidates
+
+    def _missing(self, variant: Variant, policy: SlotPolicy) -> str:
+        asked = ", ".join(policy.providers or variant.providers)
+        return f"it is meant for {asked}; this device has {', '.join(self._setup.available) or 'only its processor'}"
 
     def _measured(
         self,
@@ -234,7 +218,7 @@ class Activation:
         """The candidate with its figures, or with the reason why it does not run here."""
         asked = self._wanted(variant, policy)
         runtime = self._runtimes[variant.runtime]
-        key = measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked)
+        key = measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked.attempts)
         found = self._state.measurement(key)
         try:
             if found is None:
@@ -258,7 +242,7 @@ class Activation:
         manifest: Manifest,
         variant: Variant,
         policy: SlotPolicy,
-        asked: tuple[str, ...],
+        asked: Plan,
         going_on: Callable[[], None],
     ) -> Measurement:
         self._verifier.fetch_blobs(manifest, variant)
@@ -324,16 +308,16 @@ class Activation:
             runner.stop()
             raise
 
-    def _wanted(self, variant: Variant, policy: SlotPolicy) -> tuple[str, ...]:
-        return self._setup.rules.wanted(list(self._setup.available), variant.providers, policy)
+    def _wanted(self, variant: Variant, policy: SlotPolicy) -> Plan:
+        return self._setup.rules.plan(variant.runtime, self._setup.available, variant.providers, policy)
 
-    def _judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> Condition | None:
+    def _judge(self, asked: Plan, used: str, policy: SlotPolicy) -> Condition | None:
         verdict = self._setup.rules.judge(asked, used, policy)
         if verdict.fault:
             raise _ProviderFault(verdict.fault)
         return verdict.condition
 
-    def _options(self, variant: Variant, policy: SlotPolicy, asked: tuple[str, ...]) -> LoadOptions:
+    def _options(self, variant: Variant, policy: SlotPolicy, asked: Plan) -> LoadOptions:
         compiled = ""
         if self._setup.compiled is not None:
             folder = self._setup.compiled / variant.blob.digest
@@ -343,7 +327,7 @@ class Activation:
             compiled = str(folder)
         return LoadOptions(
             threads=policy.threads,
-            providers=asked,
+            providers=asked.attempts,
             gpu_memory_bytes=policy.gpu_memory_bytes,
             compiled=compiled,
         )

@@ -89,7 +89,7 @@ class Daemon:
         )
         setup = Setup(
             machine=machine_key(self._inventory),
-            available=tuple(self._inventory.providers),
+            available=(*self._inventory.providers, *self._inventory.delegates),
             compiled=folder / "compiled",
         )
         self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed, setup)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeward.wire.package import Runtime
+from edgeward.wire.reports import Condition
 from edgeward.wire.slots import SlotPolicy
 
 #: Each runtime's names for the processor, and its accelerators, best first.
@@ -26,10 +27,14 @@ ACCELERATORS: dict[Runtime, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """`attempts` are to be tried in this order; `meant` is the accelerator the model should run on."""
+    """`attempts` are to be tried in this order; `meant` is the accelerator the model should run on.
+
+    `cpu_named` when policy or package name the processor after it: then it is allowed, if not in silence.
+    """
 
     attempts: tuple[str, ...]
     meant: str = ""
+    cpu_named: bool = False
 
 
 def plan(runtime: Runtime, available: Sequence[str], variant: Sequence[str], policy: SlotPolicy) -> Plan:
@@ -51,11 +56,29 @@ def plan(runtime: Runtime, available: Sequence[str], variant: Sequence[str], pol
     first = next((name for name in named if name != cpu), "") if named[0] != cpu else ""
     if first and cpu not in usable and policy.cpu_fallback:
         usable.append(cpu)
-    return Plan(tuple(usable), first)
+    return Plan(tuple(usable), first, bool(first) and cpu in named)
 
 
-def fallback(plan: Plan, used: str, cpu: str) -> str:
-    """Why what a model runs on is not what was meant; empty when it is."""
-    if not plan.meant or used != cpu:
-        return ""
-    return f"{plan.meant} was meant, the model runs on {used}"
+@dataclass(frozen=True)
+class Verdict:
+    """`fault` says why what a model got is not acceptable; `condition` what the device shall tell of it."""
+
+    fault: str = ""
+    condition: Condition | None = None
+
+
+def judge(plan: Plan, used: str, policy: SlotPolicy) -> Verdict:
+    """May a model run on what it got, when something else was meant?"""
+    if not plan.meant or used not in CPU.values():
+        return Verdict()
+    message = f"{plan.meant} was meant, the model runs on {used}"
+    if not policy.cpu_fallback and not plan.cpu_named:
+        return Verdict(fault=message)
+    return Verdict(condition=Condition("ProviderFallback", "True", "AcceleratorNotUsed", message))
+
+
+class Rules:
+    """These rules as a port; tests put others in their place."""
+
+    plan = staticmethod(plan)
+    judge = staticmethod(judge)

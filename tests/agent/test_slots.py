@@ -8,7 +8,7 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from agent.activation import Setup
 from agent.commands import register
+from agent.runtime.providers import Plan, Verdict
 from agent.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
@@ -255,12 +256,6 @@ def test_a_changed_policy_reloads_the_model_and_a_refused_one_leaves_it_running(
     assert (record.running, record.previous, record.policy.queue) == (ref, None, 7)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    fault: str = ""
-    condition: Condition | None = None
-
-
 class Rules:
     """Provider rules whose judgement a test writes."""
 
@@ -269,11 +264,11 @@ class Rules:
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def wanted(self, available: Any, variant_providers: Any, policy: SlotPolicy) -> tuple[str, ...]:
-        return ("CPUExecutionProvider",)
+    def plan(self, runtime: Any, available: Any, variant: Any, policy: SlotPolicy) -> Plan:
+        return Plan(("CPUExecutionProvider",))
 
-    def judge(self, asked: tuple[str, ...], used: str, policy: SlotPolicy) -> Verdict:
-        assert asked == ("CPUExecutionProvider",) and used
+    def judge(self, plan: Plan, used: str, policy: SlotPolicy) -> Verdict:
+        assert plan.attempts == ("CPUExecutionProvider",) and used
         self.entered.set()
         assert self.go_on.wait(60)
         return self.verdict

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from agent.runtime.onnx import left_over
 from agent.runtime.port import LoadOptions, load
-from agent.runtime.providers import ACCELERATORS, CPU, fallback, plan
+from agent.runtime.providers import ACCELERATORS, CPU, judge, plan
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import Runtime
 from edgeward.wire.slots import SlotPolicy
@@ -31,9 +31,12 @@ def test_only_what_is_here_and_allowed_is_tried_and_the_processor_never_in_silen
     assert "AzureExecutionProvider" not in made.attempts
     if made.meant and PROCESSOR in made.attempts:
         assert cpu_fallback or PROCESSOR in (wish or variant), "a fallback was asked for or named"
-        assert fallback(made, PROCESSOR, PROCESSOR)
+        verdict = judge(made, PROCESSOR, policy)
+        allowed = cpu_fallback or PROCESSOR in (wish or variant)
+        assert bool(verdict.condition) == allowed and bool(verdict.fault) != allowed
     if made.attempts and made.attempts[0] != PROCESSOR:
-        assert not fallback(made, made.attempts[0], PROCESSOR)
+        verdict = judge(made, made.attempts[0], policy)
+        assert not verdict.fault and verdict.condition is None
 
 
 @pytest.mark.parametrize(
