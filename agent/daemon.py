@@ -92,7 +92,16 @@ class Daemon:
             available=(*self._inventory.providers, *self._inventory.delegates),
             compiled=folder / "compiled",
         )
-        self.slots = Slots(self.state, verifier, self.engine, installed(), clock, self._changed, setup)
+        self.slots = Slots(
+            self.state,
+            verifier,
+            self.engine,
+            installed(),
+            clock,
+            self._changed,
+            setup,
+            lambda slot, opened: self.streams.problem(slot, opened),
+        )
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
         self._desired_topic = topics.desired(self.name)
@@ -204,8 +213,9 @@ class Daemon:
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
-        self.slots.wish(desired.slots)
+        # The streams first: a new model is held against those that it will get.
         self.streams.apply(desired.streams)
+        self.slots.wish(desired.slots)
 
     def _poll_desired(self) -> None:
         """While MQTT is away, HTTPS may still be there."""

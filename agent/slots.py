@@ -26,6 +26,9 @@ from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
+#: Why a model that is fine by itself was refused: a stream of its slot does not fit it.
+MISMATCH = "StreamMismatch"
+
 _HELD = (Phase.ACTIVE, Phase.DEGRADED)
 
 
@@ -59,13 +62,16 @@ class Slots:
         clock: Clock,
         changed: Callable[[], None],
         setup: Setup | None = None,
+        problem: Callable[[str, Opened], str] = lambda slot, opened: "",
     ) -> None:
-        """`changed` is called after every change, from any of the agent's threads."""
+        """`changed` is called after every change, from any of the agent's threads. `problem` says why a
+        tested model must not enter a slot after all: a stream of that slot cannot feed it."""
         self._state = state
         self._verifier = verifier
         self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._clock = clock
         self._changed = changed
+        self._problem = problem
         self._lock = threading.Condition()
         self._records = state.slots()
         self._candidates: dict[str, SlotState] = {}
@@ -114,7 +120,9 @@ class Slots:
                 held = running is not None and (running.ref, running.policy) == wanted
                 known = candidate is not None and (candidate.target, candidate.policy) == wanted
                 if known and candidate is not None and (candidate.phase in _HELD) == held:
-                    continue
+                    mismatched = candidate.reason == MISMATCH  # the streams may be others now
+                    if not mismatched:
+                        continue
                 if held:
                     losses = self._looping.get(name, 0)
                     self._candidates[name] = lifecycle.holds(*wanted, losses, now)
@@ -231,7 +239,11 @@ class Slots:
             self._activation.verify(target, manifest, policy)
             walk.to(Event.VERIFIED)
             walk.to(Event.TESTING)
-            self._activate(walk, self._activation.open(target, manifest, policy, walk.check))
+            opened = self._activation.open(target, manifest, policy, walk.check)
+            if problem := self._problem(name, opened):
+                opened.runner.stop()
+                raise Refused(MISMATCH, problem, table=opened.table)
+            self._activate(walk, opened)
         except Unavailable as error:
             walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error))
         except Refused as error:

@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.activation import Opened
 from agent.serving.messages import Request, Respond, Response, answer, refuse
 from agent.serving.refusal import Refusal
 from agent.slots import ActiveModel
 from agent.state import State
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner
+from agent.streams.signature import match
 from agent.streams.sources.push import PushSource
 from edgeward.clock import Clock
-from edgeward.errors import EdgewardError
+from edgeward.errors import EdgewardError, InvalidDocument, PackageError
 from edgeward.identifiers import DeviceName
 from edgeward.wire.desired import StreamTarget
 from edgeward.wire.reports import StreamReport
@@ -81,6 +83,17 @@ class Streams:
                 continue
             self._running[name] = runner
             runner.start()
+
+    def problem(self, slot: str, opened: Opened) -> str:
+        """Why a stream of this slot cannot feed a model; empty when all can."""
+        manifest, runner = opened.package.manifest, opened.runner
+        for name, stream in list(self._running.items()):
+            if stream.target.spec.slot == slot:
+                try:
+                    match(stream.target.spec, runner.inputs, runner.outputs, manifest.decision)
+                except (InvalidDocument, PackageError) as error:
+                    return f"stream {name}: {error}"
+        return ""
 
     def stop(self) -> None:
         for runner in self._running.values():

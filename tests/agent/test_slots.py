@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from agent.activation import Setup
 from agent.commands import register
 from agent.runtime.providers import Plan, Verdict
+from agent.runtime.providers import Rules as ProviderRules
 from agent.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
@@ -41,9 +42,11 @@ def setup(tmp_path: Path) -> Setup:
 def open_slots(tmp_path: Path, releaser: Any, engine: Any, setup: Setup) -> Iterator[Callable[..., Slots]]:
     made: list[Slots] = []
 
-    def build(use: Any = None, how: Setup | None = None, state: State | None = None) -> Slots:
+    def build(use: Any = None, how: Setup | None = None, state: State | None = None, **more: Any) -> Slots:
         state = state or State(tmp_path / "state.db")
-        slots = Slots(state, releaser, use or engine, RUNTIMES, SystemClock(), lambda: None, how or setup)
+        slots = Slots(
+            state, releaser, use or engine, RUNTIMES, SystemClock(), lambda: None, how or setup, **more
+        )
         slots.start()
         made.append(slots)
         return slots
@@ -439,3 +442,33 @@ def test_agent_status_shows_what_the_choice_was_made_from(tmp_path: Path) -> Non
     assert "edge  tflite  runtime tflite is not installed" in said
     plain = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
     assert json.loads(plain)["slots"]["default"]["variants"][0]["p95_ms"] == 2.5
+
+
+def test_a_model_that_a_stream_cannot_feed_is_refused_until_the_stream_is_another(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    problems = ["stream s: input x expects [-1, 1], the stream gives one tensor [n, 3]"]
+    slots = open_slots(problem=lambda slot, opened: problems[-1])
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert (got.phase, got.reason, got.message) == (Phase.QUARANTINED, "StreamMismatch", problems[0])
+    assert slots._state.quarantined() == [] and slots.active("default") is None
+    problems.append("")
+    wish(slots, ref)
+    assert until(lambda: report(slots).phase is Phase.ACTIVE) and doubles(slots)
+
+
+def test_a_model_for_an_accelerator_that_is_not_here_is_refused_or_told(
+    open_slots: Any, releaser: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    slots = open_slots(how=replace(setup, available=("CPUExecutionProvider",), rules=ProviderRules()))
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref, providers=["CUDAExecutionProvider"])
+    got = settled(slots, until)
+    assert got.phase is Phase.QUARANTINED and "meant for CUDAExecutionProvider" in got.message
+    assert slots._state.quarantined() == []
+    wish(slots, ref, providers=["CUDAExecutionProvider"], cpu_fallback=True)
+    assert settled(slots, until).phase is Phase.ACTIVE and doubles(slots)
+    (condition,) = slots.conditions()
+    assert (condition.type, condition.reason) == ("ProviderFallback", "AcceleratorNotUsed")
