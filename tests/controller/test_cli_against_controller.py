@@ -75,11 +75,9 @@ def test_a_line_of_a_rollout_stays_one_line_behind_a_pipe(
     assert code == 1 and "has not ended yet" in said
 
 
-def test_a_revoked_device_is_shown_as_one(edgeward: Any, plant: Any) -> None:
+def test_a_revoked_device_is_shown_as_one(edgeward: Any, plant: Any, make: Any) -> None:
     plant.begin()
     plant.enroll("d1")
-    device = plant.device("d1")
-    device["spec"]["revoked"] = True
-    plant.client.replace(device)
+    plant.client.apply([make("Device", "d1", site="north", revoked=True)])
     _, said = edgeward("get", "devices")
     assert "Revoked" in said

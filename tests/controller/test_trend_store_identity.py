@@ -81,13 +81,17 @@ def test_a_revoked_store_is_refused_and_a_second_enrolment_too(plant: Any, folde
         Identity(folder, SystemClock()).renew_if_due()
 
 
-def revoke(plant: Any, name: str, revoked: bool) -> None:
-    device = plant.device(name)
-    device["spec"]["revoked"] = revoked
-    plant.client.replace(device)
+@pytest.fixture
+def revoke(plant: Any, make: Any) -> Any:
+    """Without a resourceVersion, since the reconciler writes to the device, too."""
+
+    def set_revoked(name: str, revoked: bool) -> None:
+        plant.client.apply([make("Device", name, site="north", revoked=revoked)])
+
+    return set_revoked
 
 
-def test_a_revoked_device_stores_no_more_rows(plant: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_revoked_device_stores_no_more_rows(plant: Any, folder: Path, tmp_path: Path, revoke: Any) -> None:
     """The store hears devices over a broker, so that the controller's own door does not help."""
     device, other = plant.enroll("d1"), plant.enroll("d2")
     identity = Identity(folder, SystemClock())
@@ -105,13 +109,13 @@ def test_a_revoked_device_stores_no_more_rows(plant: Any, folder: Path, tmp_path
 
     assert stored(device, 0) and stored(other, 0)
     assert not identity.learn_denied()
-    revoke(plant, "d1", True)
+    revoke("d1", True)
     assert identity.learn_denied() and not identity.learn_denied()
     ingest.denied = identity.denied
     assert not stored(device, 1) and stored(other, 1)
     # A restart without the controller forgets nothing.
     assert Identity(folder, SystemClock()).denied == identity.denied == {device.identity.keyid}
-    revoke(plant, "d1", False)
+    revoke("d1", False)
     assert identity.learn_denied() and not identity.denied
     plant.client.delete("Device", "d2")
     assert identity.learn_denied() and identity.denied == {other.identity.keyid}
@@ -119,12 +123,12 @@ def test_a_revoked_device_stores_no_more_rows(plant: Any, folder: Path, tmp_path
 
 
 def test_a_forged_or_old_deny_list_changes_nothing(
-    plant: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    plant: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, revoke: Any
 ) -> None:
     device = plant.enroll("d1")
     identity = Identity(folder, SystemClock())
     empty = plant.controller.signed_denied()
-    revoke(plant, "d1", True)
+    revoke("d1", True)
     assert identity.learn_denied()
     forged = dsse.sign(encode(Denied(time.time() + 60, [])), PAYLOAD_TYPE, generate_key())
     desired = dsse.sign(
