@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from edgeward.documents import load_yaml, read_text
 from edgeward.errors import InvalidDocument
-from edgeward.fields import explain
-from edgeward.wire.resources import APPLICABLE, SPECS, Resource, parse_resource
+from edgeward.wire.resources import APPLICABLE, Resource, parse_resource
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -54,10 +52,7 @@ def _parse(text: str, source: str) -> list[tuple[str, Resource]]:
     resources = []
     for index, document in enumerate(documents):
         label = source if len(documents) == 1 else f"{source} (document {index + 1})"
-        try:
-            resource = parse_resource(document, source=label)
-        except InvalidDocument as error:
-            raise _explained(error, document) from None
+        resource = parse_resource(document, source=label)
         if resource.kind not in APPLICABLE:
             raise InvalidDocument(
                 f"a {resource.kind} cannot be applied",
@@ -67,13 +62,3 @@ def _parse(text: str, source: str) -> list[tuple[str, Resource]]:
             )
         resources.append((label, resource))
     return resources
-
-
-def _explained(error: InvalidDocument, document: Any) -> InvalidDocument:
-    """The same error; an unknown field's also says which fields there are at that place."""
-    type_: Any = Resource
-    path = error.field
-    if path == "spec" or path.startswith(("spec.", "spec[")):
-        type_, path = SPECS[document["kind"]], path.removeprefix("spec").lstrip(".")
-    problem = explain(error.problem, type_, path)
-    return InvalidDocument(problem, source=error.source, field=error.field, hint=error.hint)

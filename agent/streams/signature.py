@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from edgeward.conditions import compile_condition
 
+from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument, PackageError
 from edgeward.wire.package import Decision, TensorSpec
 from edgeward.wire.streams import CameraSource, FilesSource, StreamSpec

@@ -14,6 +14,7 @@ from controller.identity import AuthenticatedDevice
 from controller.service import Controller
 from controller.store import records
 from edgeward.errors import Forbidden, InvalidDocument, TrustError, Unavailable
+from edgeward.fields import explain, split_error
 from edgeward.storage import sha256_hex
 
 T = TypeVar("T")
@@ -83,8 +84,8 @@ def decode(data: bytes, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        raise InvalidDocument(text, source="request", field=where.strip("`.")) from None
+        text, field = split_error(error)
+        raise InvalidDocument(explain(text, type_, field), source="request", field=field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidDocument(f"not valid JSON: {error}", source="request") from None
 

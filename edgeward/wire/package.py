@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from edgeward.errors import InvalidDocument
+from edgeward.fields import explain, split_error
 from edgeward.identifiers import check_digest, check_name
 
 Runtime = Literal["onnx", "tflite"]
@@ -144,6 +145,9 @@ def decode_manifest(data: bytes, *, source: str = "manifest") -> Manifest:
         raise InvalidDocument(f"larger than {MAX_MANIFEST_BYTES} bytes", source=source)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.ValidationError as error:
+        text, field = split_error(error)
+        raise InvalidDocument(explain(text, Manifest, field), source=source, field=field) from None
     except msgspec.DecodeError as error:
         raise InvalidDocument(str(error), source=source) from None
     check_name(manifest.model, "model", source)

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgeward.errors import InvalidDocument
+from edgeward.fields import explain, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
 from edgeward.wire.slots import SlotPolicy
@@ -182,19 +183,13 @@ def kind_of(word: str) -> str:
     raise InvalidDocument(f"unknown kind {word!r}", field="kind", hint=f"one of {', '.join(SPECS)}")
 
 
-def _strip(message: str) -> tuple[str, str]:
-    """Split msgspec's "... - at `$.a.b`" into message and field path."""
-    text, _, where = message.partition(" - at `")
-    return text, where.rstrip("`").removeprefix("$").removeprefix(".")
-
-
 def _convert(value: Any, type_: Any, source: str, prefix: str) -> Any:
     try:
         return msgspec.convert(value, type=type_)
     except msgspec.ValidationError as error:
-        text, field = _strip(str(error))
+        text, field = split_error(error)
         where = ".".join(part for part in (prefix, field) if part).replace(".[", "[")
-        raise InvalidDocument(text, source=source, field=where) from None
+        raise InvalidDocument(explain(text, type_, field), source=source, field=where) from None
 
 
 def parse_resource(document: Any, *, source: str = "") -> Resource:
