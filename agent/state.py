@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WI
 CREATE TABLE IF NOT EXISTS quarantine (digest TEXT PRIMARY KEY, reason TEXT, at REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS measurement (key TEXT PRIMARY KEY, value BLOB NOT NULL, at REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS trend (stream TEXT, n INTEGER, change BLOB NOT NULL, PRIMARY KEY (stream, n)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lane (name TEXT PRIMARY KEY, next_seq INTEGER, acked INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outbox (lane TEXT, seq INTEGER, row BLOB NOT NULL, PRIMARY KEY (lane, seq)) WITHOUT ROWID;
 """
@@ -78,6 +79,15 @@ class Measurement(msgspec.Struct, frozen=True):
     p50_ms: float
     p95_ms: float
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TrendChange:
+    """What is to be known of a stream's open trends: all of it (`whole`), or what came to it."""
+
+    stream: str
+    data: bytes
+    whole: bool
 
 
 class State:
@@ -198,9 +208,12 @@ class State:
     # outbox
 
     def commit_rows(
-        self, rows: Iterable[tuple[Lane, Row]], positions: dict[str, tuple[str, int]] | None = None
+        self,
+        rows: Iterable[tuple[Lane, Row]],
+        positions: dict[str, tuple[str, int]] | None = None,
+        trends: TrendChange | None = None,
     ) -> None:
-        """Append rows to their lanes and advance source positions, all or nothing."""
+        """Append rows to their lanes, advance source positions and note open trends, all or nothing."""
         by_lane: dict[Lane, list[bytes]] = {}
         for lane, row in rows:
             by_lane.setdefault(lane, []).append(_encode(row))
@@ -214,6 +227,23 @@ class State:
                 self._db.execute("UPDATE lane SET next_seq=? WHERE name=?", (first + len(encoded), lane))
             for topic, (epoch, seq) in (positions or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO source VALUES (?,?,?)", (topic, epoch, seq))
+            if trends is not None:
+                self._note(trends)
+
+    def _note(self, trends: TrendChange) -> None:
+        stream = trends.stream
+        if trends.whole:
+            self._db.execute("DELETE FROM trend WHERE stream=?", (stream,))
+        self._db.execute(
+            "INSERT INTO trend SELECT ?, coalesce(max(n), -1) + 1, ? FROM trend WHERE stream=?",
+            (stream, trends.data, stream),
+        )
+
+    def open_trends(self, stream: str) -> list[bytes]:
+        """What was noted of a stream's open trends, in order: the first one is whole."""
+        with self._lock:
+            rows = self._db.execute("SELECT change FROM trend WHERE stream=? ORDER BY n", (stream,))
+            return [row[0] for row in rows]
 
     def lane(self, lane: Lane) -> LaneState:
         with self._lock:

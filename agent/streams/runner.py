@@ -20,7 +20,7 @@ import numpy as np
 from agent.runtime.port import Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots import ActiveModel
-from agent.state import State
+from agent.state import State, TrendChange
 from agent.streams.actions import Gate
 from agent.streams.decode.sequence import Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
@@ -98,7 +98,10 @@ class StreamRunner:
         self._conditions = [compile_condition(action.when) for action in spec.actions]
         self._gates = [Gate(action) for action in spec.actions]
         self._executor = Executor(link.publish, folder, clock, spec.actions)
-        self._trends = Trends(int(spec.publish.trend_bucket * 1e6))
+        self._trends = Trends(
+            int(spec.publish.trend_bucket * 1e6), spec.publish.trend_bucket + spec.window.timeout
+        )
+        self._trends.restore(state.open_trends(target.name), clock.monotonic())
         self._selection: Selection | None = None
         self._model: ActiveModel | None = None
         self._signature: Signature | None = None
@@ -190,8 +193,9 @@ class StreamRunner:
                 self._process(closed, received)
                 closed = []
             closed += self._add(samples, arrived)
-        closed += self._windows.due(self._clock.monotonic())
-        if closed:
+        now = self._clock.monotonic()
+        closed += self._windows.due(now)
+        if closed or (self._trends.due or now + 1) <= now:
             self._process(closed, received if received is not None else self._clock.monotonic())
 
     def _add(self, samples: Samples, now: float) -> list[Closed]:
@@ -231,20 +235,24 @@ class StreamRunner:
         rows: list[tuple[Lane, Row]] = []
         if examples is not None:
             rows += self._rows_of(examples, received)
-        rows += [("trend", row) for row in self._trends.take(self.target, everything=everything)]
+        trends = self._trends.take(self.target, self._clock.monotonic(), everything=everything)
+        rows += [("trend", row) for row in trends]
+        change = self._trends.change(self.target, closed=bool(trends))
         position = self._positions.at(self._windows.settled)
         position = position if self._numbered else None
-        if rows or position:
-            self._commit(rows, position)
+        if rows or position or change is not None:
+            self._commit(rows, position, change)
         if position:
             self._durable = position
             self.source.committed(*position)
 
-    def _commit(self, rows: list[tuple[Lane, Row]], position: Position | None) -> None:
+    def _commit(
+        self, rows: list[tuple[Lane, Row]], position: Position | None, trends: TrendChange | None
+    ) -> None:
         """All or nothing, as soon as the disk lets it. Raises Unavailable when told to stop before that."""
         while True:
             try:
-                self._state.commit_rows(rows, {self._source_key: position} if position else None)
+                self._state.commit_rows(rows, {self._source_key: position} if position else None, trends)
             except (OSError, sqlite3.Error) as error:
                 self.count("errors")
                 log.error("stream %s: results cannot be stored: %s", self.target.name, error)
@@ -394,7 +402,7 @@ class StreamRunner:
                 series |= {f"feature:{name}": predicted[:, index] for index, name in enumerate(features)}
                 edges = {f"feature:{name}": item.edges for name, item in baseline.items()}
             if self._spec.publish.trends:
-                self._trends.add(at, lineage, series, edges)
+                self._trends.add(at, lineage, series, edges, self._clock.monotonic())
         decision = model.package.manifest.decision
         with self._figures:
             self._counts["rows"] += len(examples.samples)

@@ -50,6 +50,14 @@ class Sketch:
         if len(values):
             self._sketch.update(np.clip(values, -_LARGEST, _LARGEST).astype(np.float32))
 
+    @classmethod
+    def restored(cls, encoded: bytes) -> Sketch:
+        """From this device's own durable state; never from bytes that came over a network."""
+        made = cls()
+        if encoded:
+            made._sketch = datasketches.kll_floats_sketch.deserialize(encoded)
+        return made
+
     def encoded(self) -> bytes:
         """In the binary form of Apache DataSketches; empty before the first value."""
         return b"" if self._sketch.is_empty() else bytes(self._sketch.serialize())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -330,3 +331,44 @@ def test_a_full_disk_holds_the_stream_up_and_loses_nothing(rig: Rig) -> None:
     rig.state._db.execute("PRAGMA max_page_count = 1000000")
     until(lambda: rig.wire.acked() == ("e", 3999))
     assert [row.source_seq for row in rig.rows("result")] == list(range(4000))
+
+
+def test_open_trends_survive_a_kill_to_the_last_row(rig: Rig, tmp_path: Path) -> None:
+    rig.activate()
+    rig.start(window=Window(count=5, timeout=0.05), publish=Publish(trend_bucket=1000))
+    sent = 0
+    for kill in range(3):
+        for _ in range(40):
+            rig.send([(index % 7, 0.5) for index in range(sent, sent + 5)], first=sent)
+            sent += 5
+        until(lambda mark=sent: rig.wire.acked() == ("e", mark - 1))
+        assert rig.rows("trend") == []
+        # The disk as a kill leaves it here: nothing of the running stream is closed or flushed.
+        after = sqlite3.connect(tmp_path / f"after-{kill}.db")
+        rig.state._db.backup(after)
+        after.close()
+        abandoned = rig.runner
+        rig.state, rig.runner, rig.wire = State(tmp_path / f"after-{kill}.db"), None, Wire()
+        rig.start(window=Window(count=5, timeout=0.05), publish=Publish(trend_bucket=1000))
+        assert abandoned is not None
+        abandoned.stop()
+    rig.stop()
+    trends = {row.series: row for row in rig.rows("trend")}
+    values = np.arange(sent) % 7
+    score = trends["output:score"]
+    assert (score.count, score.minimum, score.maximum) == (sent, 0.5, 6.5)
+    assert score.mean == pytest.approx(values.mean() + 0.5) and score.m2 == pytest.approx(values.var() * sent)
+    assert trends["feature:i"].count == sent and len(rig.rows("trend")) == 3
+    assert len(rig.rows("result")) == sent
+
+
+def test_the_last_bucket_of_a_sensor_that_stopped_goes_up(rig: Rig) -> None:
+    rig.activate()
+    rig.start(window=Window(count=1, timeout=0.05), publish=Publish(trend_bucket=0.2))
+    rig.send([(1, 0.0)])
+    until(lambda: rig.rows("trend"))
+    assert {row.series: row.count for row in rig.rows("trend")} == {
+        "output:score": 1,
+        "feature:i": 1,
+        "feature:b": 1,
+    }
