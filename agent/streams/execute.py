@@ -148,16 +148,6 @@ class Executor:
             runner.run(client.aclose())
 
 
-def figures_of(figures: Figures) -> dict[str, dict[str, float]]:
-    """As a stream report carries them; empty when nothing was run."""
-    found: dict[str, dict[str, float]] = {
-        "run": dict(figures["run"]),
-        "failed": dict(figures["failed"]),
-        "latency_ms": figures["latency_ms"],
-    }
-    return {name: values for name, values in found.items() if values}
-
-
 async def _call(client: httpx.AsyncClient, action: Action, body: bytes) -> bool:
     """Whether the webhook answered with 2xx in time."""
     try:

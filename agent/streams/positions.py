@@ -16,11 +16,6 @@ class Positions:
         self._added = 0
         self._reached = 0
 
-    @property
-    def epoch(self) -> str | None:
-        """Of the samples that are not accounted for yet."""
-        return self._batches[-1][1].epoch if self._batches else None
-
     def add(self, samples: Samples) -> None:
         """Samples of one epoch, numbered without a hole."""
         if len(samples):

@@ -21,14 +21,14 @@ from agent.runtime.port import Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots import ActiveModel
 from agent.state import State, TrendChange
-from agent.streams.actions import Gate
 from agent.streams.decode.sequence import Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
-from agent.streams.execute import Executor, figures_of
+from agent.streams.figures import Figures
 from agent.streams.infer import infer_all
 from agent.streams.positions import Positions
 from agent.streams.publish import Selection
 from agent.streams.quality import Quality
+from agent.streams.reactions import Reactions
 from agent.streams.results import Lineage, Outputs, alarm_rows, read_outputs, result_rows, sample_rows
 from agent.streams.samples import Samples
 from agent.streams.signature import Signature, match
@@ -38,7 +38,6 @@ from agent.streams.sources.push import PushSource
 from agent.streams.trends import Trends
 from agent.streams.window import Closed, Windows
 from edgeward.clock import Clock
-from edgeward.conditions import compile_condition
 from edgeward.errors import EdgewardError, InvalidDocument, PackageError, RuntimeFault, Unavailable
 from edgeward.identifiers import DeviceName
 from edgeward.wire.desired import StreamTarget
@@ -52,6 +51,7 @@ log = logging.getLogger(__name__)
 QUEUE_MESSAGES, QUEUE_SAMPLES = 2000, 50_000
 #: Samples that one transaction may cover when many wait: the disk's flush costs as much as a hundred.
 GROUP_SAMPLES = 2000
+STOP_SECONDS = 30.0
 _TRIES = 3
 
 
@@ -95,9 +95,7 @@ class StreamRunner:
         self._quality = Quality(spec.features, spec.quality)
         self._windows = Windows(spec.window)
         self._positions = Positions()
-        self._conditions = [compile_condition(action.when) for action in spec.actions]
-        self._gates = [Gate(action) for action in spec.actions]
-        self._executor = Executor(link.publish, folder, clock, spec.actions)
+        self._reactions = Reactions(target, name, link.publish, folder, clock)
         self._trends = Trends(
             int(spec.publish.trend_bucket * 1e6), spec.publish.trend_bucket + spec.window.timeout
         )
@@ -110,10 +108,11 @@ class StreamRunner:
         self._queued = 0
         self._arrived = threading.Condition()
         self._stop = threading.Event()
-        self._counts: Counter[str] = Counter()
-        self._score_sum = 0.0
-        self._latencies: list[float] = []
-        self._figures = threading.Lock()
+        self._figures = Figures()
+        self._fence = threading.Lock()
+        self._ended = False
+        #: The thread has ended by an internal error; only a new runner goes on, from the durable position.
+        self.failed = False
         self._thread = threading.Thread(target=self._work, name=f"stream-{target.name}", daemon=True)
 
     def start(self) -> None:
@@ -126,8 +125,11 @@ class StreamRunner:
         self._stop.set()
         with self._arrived:
             self._arrived.notify_all()
-        self._thread.join(30)
-        self._executor.stop()
+        self._thread.join(STOP_SECONDS)
+        with self._fence:
+            # A successor goes on from the durable position; a thread that hangs must not move it any more.
+            self._ended = True
+        self._reactions.stop()
 
     @property
     def push(self) -> PushSource | None:
@@ -149,25 +151,25 @@ class StreamRunner:
         return True
 
     def count(self, what: str, number: int = 1) -> None:
-        with self._figures:
-            self._counts[what] += number
+        self._figures.count(what, number)
 
     # the stream's thread
 
     def _work(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._turn()
-            except (EdgewardError, OSError) as error:
-                self.count("errors")
-                log.error("stream %s: %s", self.target.name, error)
-                self._stop.wait(0.5)
         try:
+            while not self._stop.is_set():
+                self._turn()
             while self._queue:
                 self._turn()
             self._process(self._windows.flush(), self._clock.monotonic(), everything=True)
-        except (EdgewardError, OSError) as error:
-            log.error("stream %s: the last window is left to the sensor: %s", self.target.name, error)
+        except Unavailable as error:
+            log.warning("stream %s stops, the rest is left to the sensor: %s", self.target.name, error)
+        except Exception as error:
+            # To go on would tell the sensor that samples are stored which this fault may have cost.
+            self.failed = True
+            self._reason = f"internal error: {error!r}"
+            self.count("errors")
+            log.exception("stream %s stopped", self.target.name)
 
     def _turn(self) -> None:
         """Wait for samples or for a window's end, and work off what is there."""
@@ -187,27 +189,25 @@ class StreamRunner:
                 self._queued -= len(samples)
             received = arrived if received is None else received
             covered += len(samples)
-            if self._positions.epoch not in (None, samples.epoch):
-                # A window must not mix the samples of two lives of a sensor.
-                closed += self._windows.flush()
-                self._process(closed, received)
+            samples = self._accept(samples)
+            if self._windows.breaks(samples):
+                # Rows made together come from one life of a sensor and from values of one shape.
+                self._process(closed + self._windows.flush(), received)
                 closed = []
-            closed += self._add(samples, arrived)
+            self._positions.add(samples)
+            closed += self._windows.add(samples, arrived)
         now = self._clock.monotonic()
         closed += self._windows.due(now)
         if closed or (self._trends.due or now + 1) <= now:
             self._process(closed, received if received is not None else self._clock.monotonic())
 
-    def _add(self, samples: Samples, now: float) -> list[Closed]:
+    def _accept(self, samples: Samples) -> Samples:
+        """Those that are new, with what is wrong with them; none may be left."""
         if self._numbered:
             samples, self._position = continue_sequence(samples, self._position)
             if not len(samples):
-                if self._durable is not None:
-                    self.source.committed(*self._durable)  # repeats: the sensor has not heard of it
-                return []
-        samples = self._quality.apply(samples)
-        self._positions.add(samples)
-        return self._windows.add(samples, now)
+                self._acknowledge()  # repeats: the sensor has not heard of it
+        return self._quality.apply(samples)
 
     def _fit(self) -> None:
         """Look whether the slot has another model, and whether this stream fits it."""
@@ -244,7 +244,16 @@ class StreamRunner:
             self._commit(rows, position, change)
         if position:
             self._durable = position
-            self.source.committed(*position)
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._durable is None:
+            return
+        try:
+            self.source.committed(*self._durable)
+        except (EdgewardError, OSError) as error:
+            self.count("errors")
+            log.warning("stream %s: the sensor could not be told: %s", self.target.name, error)
 
     def _commit(
         self, rows: list[tuple[Lane, Row]], position: Position | None, trends: TrendChange | None
@@ -252,7 +261,10 @@ class StreamRunner:
         """All or nothing, as soon as the disk lets it. Raises Unavailable when told to stop before that."""
         while True:
             try:
-                self._state.commit_rows(rows, {self._source_key: position} if position else None, trends)
+                with self._fence:
+                    if self._ended:
+                        raise Unavailable("the stream was stopped before its results were stored")
+                    self._state.commit_rows(rows, {self._source_key: position} if position else None, trends)
             except (OSError, sqlite3.Error) as error:
                 self.count("errors")
                 log.error("stream %s: results cannot be stored: %s", self.target.name, error)
@@ -271,8 +283,7 @@ class StreamRunner:
             tuple(examples.samples.key(at) for at in examples.last.tolist()) if examples.samples.keys else ()
         )
         alarms = alarm_rows(self.target, lineage, examples, outputs, decision)
-        if self._spec.actions and len(examples):
-            self._act(model, examples, outputs, keys, alarms, received)
+        self._reactions.act(model, examples, outputs, keys, received)
         chosen = (
             selection.choose(keys, outputs.scores, outputs.alarm)
             if selection is not None and len(examples)
@@ -331,54 +342,6 @@ class StreamRunner:
                 outputs = Outputs(outputs.columns, outputs.scores, outputs.alarm & answered, answered)
             return model, outputs, (self._clock.monotonic() - began) * 1e3
 
-    # actions
-
-    def _act(
-        self,
-        model: ActiveModel,
-        examples: Examples,
-        outputs: Outputs,
-        keys: tuple[str, ...],
-        alarms: list[AlarmRow],
-        received: float,
-    ) -> None:
-        decision = model.package.manifest.decision
-        columns: dict[str, Any] = dict(outputs.columns)
-        if examples.inputs.ndim == 2:
-            features = enumerate(self._spec.features)
-            columns = {name: examples.inputs[:, index] for index, name in features} | columns
-        columns["alarm"] = outputs.alarm
-        columns["threshold"] = decision.threshold if decision is not None else float("nan")
-        now = self._clock.monotonic()
-        for action, gate, condition in zip(self._spec.actions, self._gates, self._conditions, strict=True):
-            holds = np.broadcast_to(condition.evaluate(columns), (len(examples),)) & outputs.answered
-            if not holds.any() and gate.idle:
-                continue
-            for index, hold in enumerate(holds.tolist()):
-                verdict = gate.decide(keys[index] if keys else "", hold, now)
-                if verdict == "run":
-                    topic = fill_in(action.publish, self._name) if action.publish else None
-                    message = self._message(model, examples, outputs, index)
-                    self._executor.run(action, topic, message | {"action": action.name}, received)
-                elif verdict in ("held", "once", "rate"):
-                    self.count(f"suppressed:{verdict}")
-
-    def _message(
-        self, model: ActiveModel, examples: Examples, outputs: Outputs, index: int
-    ) -> dict[str, object]:
-        decision, at = model.package.manifest.decision, int(examples.last[index])
-        samples = examples.samples
-        scores = {name: float(values[index]) for name, values in outputs.scores.items()}
-        finite = {name: value for name, value in scores.items() if np.isfinite(value)}
-        value = finite.get(decision.output) if decision is not None else next(iter(finite.values()), None)
-        return {
-            "device": self._name.device, "stream": self.target.name, "key": samples.key(at),
-            "event_time": int(samples.event_time[at]) / 1e6, "value": value,
-            "threshold": decision.threshold if decision is not None else None, "outputs": finite,
-            "model": model.ref.model, "version": model.ref.version, "digest": model.ref.digest,
-            "source_seq": int(samples.seq[at]) if samples.seq is not None else -1,
-        }  # fmt: skip
-
     # figures
 
     def _note(
@@ -404,29 +367,24 @@ class StreamRunner:
             if self._spec.publish.trends:
                 self._trends.add(at, lineage, series, edges, self._clock.monotonic())
         decision = model.package.manifest.decision
-        with self._figures:
-            self._counts["rows"] += len(examples.samples)
-            self._counts["predicted"] += int(outputs.answered.sum())
-            self._counts["late"] += examples.late
-            self._counts["alarms"] += len(alarms)
-            self._counts["bad"] += len(examples.samples.problems)
-            if decision is not None and decision.output in outputs.scores:
-                self._score_sum += float(np.nansum(outputs.scores[decision.output]))
-            self._latencies.append(latency)
+        judged = (
+            outputs.scores[decision.output] if decision and decision.output in outputs.scores else np.zeros(0)
+        )
+        counts = {
+            "rows": len(examples.samples),
+            "predicted": int(outputs.answered.sum()),
+            "late": examples.late,
+            "alarms": len(alarms),
+            "bad": len(examples.samples.problems),
+        }
+        self._figures.add(counts, float(np.nansum(judged)), int(np.count_nonzero(~np.isnan(judged))), latency)
 
     def report(self) -> StreamReport:
         """The figures since the last report."""
         model = self._active(self._spec.slot)
-        with self._figures:
-            counts, self._counts = self._counts, Counter()
-            score_sum, self._score_sum = self._score_sum, 0.0
-            latencies, self._latencies = self._latencies, []
+        taken = self._figures.take()
+        counts = taken.counts
         problems, self._quality.counts = dict(self._quality.counts), Counter()
-        latency = {}
-        if latencies:
-            p50, p95 = np.percentile(latencies, [50, 95])
-            latency = {"p50": float(p50), "p95": float(p95)}
-        known = ("rows", "predicted", "late", "alarms", "bad", "rejected", "dropped", "errors")
         return StreamReport(
             self.target.name,
             model.ref.digest if model else "",
@@ -434,14 +392,14 @@ class StreamRunner:
             counts["alarms"],
             counts["bad"] + counts["rejected"] + counts["dropped"],
             counts["errors"],
-            score_sum / counts["predicted"] if counts["predicted"] else None,
-            latency,
+            taken.score_mean,
+            taken.latency_ms,
             model.live.psi() if model else {},
             model.live.rows if model else 0,
             problems=problems,
             late=counts["late"],
             dropped=counts["dropped"],
-            other={name: number for name, number in counts.items() if name not in known},
-            actions=figures_of(self._executor.take()),
+            other=taken.other,
+            actions=self._reactions.take(),
             reason=self._reason,
         )

@@ -66,23 +66,26 @@ class Streams:
         for name, target in wanted.items():
             if name in self._running or name in self._refused:
                 continue
-            try:
-                runner = StreamRunner(
-                    target,
-                    self._name,
-                    self._state,
-                    self._clock,
-                    self._active,
-                    StreamLink(self._link),
-                    self._committed,
-                    self._folder,
-                )
-            except EdgewardError as error:
-                log.error("stream %s cannot run here: %s", name, error)
-                self._refused[name] = (target, str(error))
-                continue
-            self._running[name] = runner
-            runner.start()
+            self._start(target)
+
+    def _start(self, target: StreamTarget) -> None:
+        try:
+            runner = StreamRunner(
+                target,
+                self._name,
+                self._state,
+                self._clock,
+                self._active,
+                StreamLink(self._link),
+                self._committed,
+                self._folder,
+            )
+        except EdgewardError as error:
+            log.error("stream %s cannot run here: %s", target.name, error)
+            self._refused[target.name] = (target, str(error))
+            return
+        self._running[target.name] = runner
+        runner.start()
 
     def problem(self, slot: str, opened: Opened) -> str:
         """Why a stream of this slot cannot feed a model; empty when all can."""
@@ -101,11 +104,19 @@ class Streams:
         self._running.clear()
 
     def report(self) -> list[StreamReport]:
-        """Figures since the last report, of every stream, also of those that do not run."""
-        return [runner.report() for runner in list(self._running.values())] + [
-            StreamReport(name, "", 0, 0, 0, 0, reason=reason)
-            for name, (_, reason) in list(self._refused.items())
+        """Figures since the last report, of every stream, also of those that do not run.
+
+        A stream that an internal error has ended is reported as such, then started again.
+        """
+        reports = [runner.report() for runner in self._running.values()]
+        reports += [
+            StreamReport(name, "", 0, 0, 0, 0, reason=reason) for name, (_, reason) in self._refused.items()
         ]
+        for name in [name for name, runner in self._running.items() if runner.failed]:
+            runner = self._running.pop(name)
+            runner.stop()
+            self._start(runner.target)
+        return reports
 
     def handle(self, request: Request, respond: Respond) -> None:
         """POST /v1/streams/{stream}/samples."""

@@ -86,12 +86,16 @@ class Windows:
     def settled(self) -> int:
         return self._account.settled
 
+    def breaks(self, samples: Samples) -> bool:
+        """Whether these cannot lie in one window with those before, so that `add` closes what is open."""
+        return self._like is not None and len(samples) > 0 and not _fit(self._like, samples)
+
     def add(self, samples: Samples, now: float) -> list[Closed]:
         """Take in samples; gives the windows that they close, and those among them that are late."""
         if len(samples) == 0:
             return []
         closed: list[Closed] = []
-        if self._like is not None and not _fit(self._like, samples):
+        if self._like is not None and self.breaks(samples):
             closed += self.flush()
             if self._like.epoch != samples.epoch:
                 self._marks.clear()

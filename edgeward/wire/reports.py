@@ -136,8 +136,8 @@ class StreamReport(Struct, frozen=True):
 
     `problems` counts readings that were kept from the model by kind and feature (`range:flow`), `late`
     samples behind the watermark, `dropped` those that nobody could take, `other` what else was counted.
-    `actions` holds how often each action `run` and `failed`, and `latency_ms` p50/p95/p99 from a sample's
-    receipt to the action's end. `reason` says why the stream does not run.
+    `actions` holds how often each action `run`, `failed`, or was suppressed (`held`, `once`, `rate`), and
+    `latency_ms` p50/p95/p99 from a sample's receipt to the action's end. `reason` says why the stream does not run.
     """
 
     stream: str

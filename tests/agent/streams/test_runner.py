@@ -22,16 +22,30 @@ from onnx import TensorProto, helper
 from agent.runtime.engine import Engine
 from agent.slots import ActiveModel
 from agent.state import State
+from agent.streams import runner as module
+from agent.streams.local_link import LocalLink
 from agent.streams.runner import StreamRunner
+from agent.streams.running import Streams
 from agent.streams.samples import Samples
 from agent.streams.sketches import LiveBaseline
 from edgeward.clock import SystemClock
 from edgeward.identifiers import DeviceName
+from edgeward.mqtt import Message
 from edgeward.wire.desired import ModelRef, StreamTarget
 from edgeward.wire.package import Decision
 from edgeward.wire.rows import ROW_TYPES
 from edgeward.wire.slots import SlotPolicy
-from edgeward.wire.streams import Action, Check, HttpSource, MqttSource, Publish, Source, StreamSpec, Window
+from edgeward.wire.streams import (
+    Action,
+    Check,
+    FilesSource,
+    HttpSource,
+    MqttSource,
+    Publish,
+    Source,
+    StreamSpec,
+    Window,
+)
 from edgeward.wire.topics import Lane
 
 ME = DeviceName("north", "turbine-1")
@@ -280,7 +294,7 @@ def test_conditions_debounce_and_act_on_inputs_and_outputs(rig: Rig) -> None:
     assert json.loads(line)["value"] == 60.75
     assert rig.runner is not None
     report = rig.runner.report()
-    assert report.other == {"suppressed:once": 1}
+    assert report.actions["once"] == {"log": 1}
     assert report.actions["run"] == {"hot": 1, "log": 1} and report.actions["latency_ms"]["p99"] > 0
 
 
@@ -372,3 +386,131 @@ def test_the_last_bucket_of_a_sensor_that_stopped_goes_up(rig: Rig) -> None:
         "feature:i": 1,
         "feature:b": 1,
     }
+
+
+def test_what_the_disk_refused_before_a_stop_is_left_to_the_sensor(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(window=Window(count=1))
+    store = rig.state.commit_rows
+
+    def refuse_until_the_stop(*arguments: Any) -> None:
+        if not runner._stop.is_set():
+            raise OSError("no space left")
+        store(*arguments)
+
+    rig.state.commit_rows = refuse_until_the_stop  # type: ignore[method-assign]
+    rig.send([(1, 0.0)] * 10)
+    until(lambda: runner.report().errors)
+    rig.send([(1, 0.0)] * 10, first=10)
+    until(lambda: runner._queue)
+    rig.stop()
+    # The second message must not be stored over a hole, and the first not be told to be durable.
+    assert rig.wire.acked() is None and rig.rows("result") == []
+    rig.start(window=Window(count=1))
+    rig.send([(1, 0.0)] * 20)
+    until(lambda: rig.wire.acked() == ("e", 19))
+    assert [row.source_seq for row in rig.rows("result")] == list(range(20))
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module.result_rows
+
+    def broken(*_: Any) -> Any:
+        monkeypatch.setattr(module, "result_rows", made)
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(module, "result_rows", broken)
+
+
+def test_an_internal_error_is_seen_and_nothing_is_acknowledged_past_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.activate()
+    runner = rig.start(window=Window(count=1))
+    rig.send([(1, 0.0)])
+    until(lambda: rig.wire.acked() == ("e", 0))
+    fail_once(monkeypatch)
+    rig.send([(1, 0.0)] * 2, first=1)
+    until(lambda: runner.failed)
+    assert "a mistake of ours" in runner.report().reason
+    assert not runner.take(
+        Samples(np.zeros(1, np.int64), np.zeros((1, 2)), epoch="e", seq=np.full(1, 3, np.int64))
+    )
+    assert rig.wire.acked() == ("e", 0)
+
+
+def test_a_stream_that_an_internal_error_ended_is_started_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.activate()
+    link = LocalLink(lambda topic: None, lambda topic: None, rig.wire.publish)
+    streams = Streams(ME, rig.state, SystemClock(), lambda slot: rig.model, link, lambda: None, rig.folder)
+    rig.wire.receive = lambda topic, payload: link.dispatch(Message(topic, payload, False, lambda: None))
+    source = Source(mqtt=MqttSource(topic="t", time="t", values="v", sequence=True))
+    streams.apply([StreamTarget("s", 3, StreamSpec(source, ["i", "b"], window=Window(count=1)))])
+    try:
+        fail_once(monkeypatch)
+        rig.send([(1, 0.0)])
+        until(lambda: "a mistake of ours" in streams.report()[0].reason)
+        assert streams.report()[0].reason == ""
+        rig.send([(1, 0.0)] * 2)
+        until(lambda: rig.wire.acked() == ("e", 1))
+        assert [row.source_seq for row in rig.rows("result")] == [0, 1]
+    finally:
+        streams.stop()
+
+
+def test_a_thread_that_outlives_the_stop_stores_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor has begun at the durable position: both would store the same samples."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.05)
+    model = rig.activate()
+    asked, answer = threading.Event(), threading.Event()
+    infer = model.runner.infer
+
+    def slowly(inputs: Any) -> Any:
+        asked.set()
+        answer.wait(30)
+        return infer(inputs)
+
+    monkeypatch.setattr(model.runner, "infer", slowly)
+    runner = rig.start(window=Window(count=1))
+    rig.send([(1, 0.0)] * 5)
+    assert asked.wait(30)
+    rig.stop()
+    answer.set()
+    runner._thread.join(30)
+    assert not runner._thread.is_alive()
+    assert rig.rows("result") == [] and rig.state.source("t") is None
+
+
+def test_images_of_several_sizes_are_inferred_each_by_its_own(rig: Rig, tmp_path: Path) -> None:
+    mean = helper.make_node("ReduceMean", ["x"], ["score"], axes=[1, 2, 3], keepdims=0)
+    graph = helper.make_graph(
+        [mean], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, None, 3])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, [None])],
+    )  # fmt: skip
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    package = rig.activate().package
+    opened = rig.engine.open("onnx", content.SerializeToString(), "images:1", batchable=True)
+    assert rig.model is not None
+    rig.model.runner.stop()
+    rig.model = ActiveModel(package, opened, LiveBaseline({}))
+    runner = rig.start(
+        source=Source(files=FilesSource(path=str(tmp_path), format="image", follow=True)),
+        features=[],
+        window=Window(count=3, timeout=0.05),
+    )
+    first = 0
+    for count, size in ((2, 4), (2, 6), (1, 4)):
+        images = np.full((count, size, size, 3), {4: 204, 6: 51}[size], np.uint8)
+        numbers = np.arange(first, first + count)
+        until(
+            lambda images=images, numbers=numbers: runner.take(
+                Samples(numbers, images, epoch="f", seq=numbers)
+            )
+        )
+        first += count
+    until(lambda: len(rig.rows("result")) == 5)
+    assert [round(row.outputs["score"], 2) for row in rig.rows("result")] == [0.8, 0.8, 0.2, 0.2, 0.8]
+    assert runner.report().reason == ""
