@@ -1,10 +1,10 @@
 """Conditions over a window's columns: a subset of CEL, evaluated for all rows at once.
 
 `||`, `&&`, `!`, `==`, `!=`, `<`, `<=`, `>`, `>=`, `x in [1, 2]`, `+`, `-`, `*`, `/`, `%`, unary `-`,
-parentheses, `abs(x)`, `min(x, ...)`, `max(x, ...)`, numbers, `true`, `false`, and names: a column, or
-`name[i]` for column i of an output (the column called "name[i]"). A name that is not a word stands
-between backquotes, as in CEL. Precedence is CEL's; comparisons do
-not chain. All numbers are doubles: `/` never truncates and `%` takes the sign of its left side.
+parentheses, `abs(x)`, `min(x, ...)`, `max(x, ...)`, `has(x)` (x is a number), numbers, `true`, `false`,
+and names: a column, or `name[i]` for column i of an output (the column called "name[i]"). A name that is
+not a word stands between backquotes, as in CEL. Precedence is CEL's; comparisons do not chain. All numbers
+are doubles: `/` never truncates and `%` takes the sign of its left side.
 
 What is not a number compares false, with `!=` and `in` too, and division by zero gives not-a-number, so
 a missing reading never fires an action; only `!` makes true of such a comparison. Types are checked when
@@ -36,7 +36,7 @@ _TOKEN = re.compile(
     r"|(?P<name>[A-Za-z_]\w*)|`(?P<quoted>[^`]+)`|(?P<sign>\|\||&&|==|!=|<=|>=|[<>!+\-*/%()\[\],]))",
     re.ASCII,
 )
-_FUNCTIONS = ("abs", "min", "max")
+_FUNCTIONS = ("abs", "has", "min", "max")
 _COMPARISONS = ("==", "!=", "<", "<=", ">", ">=", "in")
 _POWER = {"||": 1, "&&": 2, **dict.fromkeys(_COMPARISONS, 3), "+": 4, "-": 4, "*": 5, "/": 5, "%": 5}
 _UNARY = 6
@@ -212,9 +212,11 @@ class _Parser:
     def _call(self, token: _Token) -> _Term:
         self._expect("(")
         values = self._values(token, ")")
+        if token.text in ("abs", "has") and len(values) != 1:
+            raise self._wrong(token, f"expected one value for {token.text}()")
+        if token.text == "has":
+            return _Term("truth", lambda columns: values[0](columns) == values[0](columns))
         if token.text == "abs":
-            if len(values) != 1:
-                raise self._wrong(token, "expected one value for abs()")
             return _Term("number", lambda columns: abs(values[0](columns)))
         # Not fmin and fmax: the extreme of an unknown number is unknown.
         reduce = "minimum" if token.text == "min" else "maximum"

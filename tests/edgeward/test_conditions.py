@@ -28,7 +28,7 @@ def text(tree: Tree, above: int = 0) -> str:
     kind, *parts = tree
     if kind in ("number", "name", "truth"):
         return str(parts[0])
-    if kind in ("abs", "min", "max"):
+    if kind in ("abs", "has", "min", "max"):
         return f"{kind}({', '.join(text(part) for part in parts)})"
     own = POWER[kind]
     if kind == "in":
@@ -59,6 +59,8 @@ def value(tree: Tree, row: dict[str, float]) -> Any:
         if any(math.isnan(item) for item in values):
             return math.nan
         return abs(first) if kind == "abs" else {"min": min, "max": max}[kind](values)
+    if kind == "has":
+        return not math.isnan(first)
     if kind == "in":
         return any(first == other for other in others)
     other = others[0]
@@ -91,6 +93,7 @@ TRUTHS = st.recursive(
         st.sampled_from(["true", "false"]).map(lambda t: ("truth", t)),
         st.tuples(st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), NUMBERS, NUMBERS),
         st.tuples(st.just("in"), NUMBERS, NUMBERS, NUMBERS),
+        st.tuples(st.just("has"), NUMBERS),
     ),
     lambda inner: st.one_of(
         st.tuples(st.sampled_from(["&&", "||"]), inner, inner), st.tuples(st.just("!"), inner)
@@ -146,7 +149,9 @@ def test_any_text_compiles_or_is_refused_in_words(junk: str) -> None:
         ("a in []", "expected a value"),
         ("in > 1", "expected a value at 'in'"),
         ("abs(1, 2) > 1", r"expected one value for abs\(\)"),
-        ("eval(a) > 1", "unknown function; there are abs, min, max at 'eval'"),
+        ("has(1, 2)", r"expected one value for has\(\)"),
+        ("has(a) > 1", "expected a number, not a condition"),
+        ("eval(a) > 1", "unknown function; there are abs, has, min, max at 'eval'"),
         ("__import__('os')", 'unknown sign at "\'"'),
         ("a.b > 1", r"unknown sign at '\.'"),
         ("a[b] > 1", "expected the number of a column"),
