@@ -23,7 +23,7 @@ class Selection:
     differs from the one before, and one of which an output is more than `tolerance` away from the last
     result chosen (so a slow drift is seen); an output that appears, disappears or becomes not-a-number or
     a number counts as a change. `uncertain`: the decision's output lies within `margin` of its threshold
-    or is not a number; without a decision nothing is uncertain.
+    or is not a number; without a decision nothing is certain, and every result is chosen.
 
     `tolerance` and `margin` include their limit: a difference of exactly `tolerance` is no change, one of
     exactly `margin` is uncertain. Of at most MAX_KEYS keys the state is remembered.
@@ -57,7 +57,7 @@ class Selection:
 
     def _uncertain(self, outputs: Mapping[str, Column], count: int) -> Bools:
         if self._decision is None or self._decision.output not in outputs:
-            return np.zeros(count, np.bool_)
+            return np.ones(count, np.bool_)
         distance = np.abs(np.asarray(outputs[self._decision.output], np.float64) - self._decision.threshold)
         return np.asarray(~(distance > self._spec.margin))
 

@@ -85,11 +85,11 @@ def test_a_long_quiet_stretch_ends_with_the_first_move() -> None:
     assert np.flatnonzero(chosen)[:3].tolist() == [0, 51, 102]
 
 
-def test_nothing_is_uncertain_without_a_decision_or_its_output() -> None:
+def test_nothing_is_certain_without_a_decision_or_its_output() -> None:
     outputs = {"score": np.array([0.5])}
     for decision in (None, Decision("another", 0.5)):
         selection = Selection(Publish(results="uncertain"), decision)
-        assert selection.choose((), outputs, np.zeros(1, bool)).tolist() == [False]
+        assert selection.choose((), outputs, np.zeros(1, bool)).tolist() == [True]
 
 
 def test_another_set_of_outputs_is_a_change() -> None:
