@@ -57,6 +57,11 @@ def test_time_memory_and_the_caller_can_end_it(engine: Engine, models: Any) -> N
         measure.measure(engine, runner, GOLDEN, None, SystemClock(), Counted(stop_after=2), 60.0)
 
 
+def test_a_trial_runs_in_a_worker_that_may_outgrow_the_ceiling() -> None:
+    asked = SlotPolicy(threads=3, isolation="in-process", memory_bytes=1 << 20)
+    assert trial_policy(asked) == SlotPolicy(threads=3)
+
+
 def test_what_the_model_refuses_is_raised(engine: Engine, models: Any) -> None:
     runner = engine.open("onnx", models["fast"], "m")
     with pytest.raises(RuntimeFault):
