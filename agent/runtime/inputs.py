@@ -15,6 +15,8 @@ def check_inputs(inputs: Arrays, specs: list[TensorSpec]) -> None:
         array = inputs.get(spec.name)
         if array is None:
             raise RuntimeFault(f"input {spec.name} is missing, expected {spec.dtype} {spec.shape}")
+        if array.dtype.byteorder == ">":
+            raise RuntimeFault(f"input {spec.name} is big-endian, which a runtime would misread")
         dtype = _dtype(array)
         expected = "uint16" if spec.dtype == "bfloat16" else spec.dtype
         if dtype != expected:

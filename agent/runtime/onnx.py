@@ -90,8 +90,7 @@ def _open(content: bytes, usable: list[str], load: LoadOptions) -> tuple[Any, st
         try:
             if provider == CPU:
                 return _open_on_cpu(content, load), CPU
-            session = _open_on_accelerator(content, provider, load)
-            left = left_over(session.get_provider_graph_assignment_info(), provider)
+            session, left = _open_on_accelerator(content, provider, load)
         except RuntimeFault as fault:
             left = str(fault)
         if not left:
@@ -108,13 +107,19 @@ def _open_on_cpu(content: bytes, load: LoadOptions) -> Any:
     return _session(content, options, [CPU])
 
 
-def _open_on_accelerator(content: bytes, provider: str, load: LoadOptions) -> Any:
+def _open_on_accelerator(content: bytes, provider: str, load: LoadOptions) -> tuple[Any, str]:
+    """The session, and what of the model it would not run on `provider`."""
     options = _options(load)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    asks = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+    if asks:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    else:
+        # An older onnxruntime cannot be asked; it can be told to refuse what needs the processor.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     session = _session(content, options, [(provider, _provider_options(provider, load)), CPU])
     if provider not in session.get_providers():
         raise RuntimeFault("it could not be started, see the log above")
-    return session
+    return session, left_over(session.get_provider_graph_assignment_info(), provider) if asks else ""
 
 
 #: Operators that compute shapes and indices; providers leave them to the CPU, where their inputs are.

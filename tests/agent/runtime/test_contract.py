@@ -201,3 +201,18 @@ def test_an_optimised_graph_is_kept_used_again_and_not_believed_blindly(tmp_path
         )
         assert len(sorted((tmp_path / "compiled").glob("*.onnx"))) == 1
     assert (tmp_path / "compiled").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "tflite"])
+def test_big_endian_numbers_are_refused_or_turned_never_misread(runtime: Runtime) -> None:
+    x = rows(2)
+    turned = x.astype(">f4")
+    with pytest.raises(RuntimeFault, match="big-endian"):
+        load(runtime, DENSE[runtime](), LoadOptions()).infer({"x_0": turned})
+    engine = Engine()
+    engine.start()
+    try:
+        (got,) = engine.open(runtime, DENSE[runtime](), "m:1").infer({"x_0": turned}).values()
+    finally:
+        engine.stop()
+    np.testing.assert_allclose(got, x @ WEIGHTS + BIAS, rtol=1e-5, atol=1e-5)
