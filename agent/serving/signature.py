@@ -45,7 +45,10 @@ class Field:
         packer = self._packers.get(shape)
         if packer is None:
             count = self.count(shape)
-            packer = struct.Struct(f"<{count}{self.datatype.code}")
+            try:
+                packer = struct.Struct(f"<{count}{self.datatype.code}")
+            except struct.error:
+                raise bad(f"{self.label}: shape {_show(shape)} has more elements than any request") from None
             if len(self._packers) < _REMEMBERED_SHAPES:
                 self._packers[shape] = packer
         return packer

@@ -61,6 +61,11 @@ REFUSED = [
     ("m", [tensor(datatype="fp32")], "input 'in': expected datatype FP32, got 'fp32'"),
     ("m", [tensor(data=[1, 2])], "input 'in': shape [1, 3] has 3 elements, got 2"),
     ("m", [tensor(data=[[1, 2], [3, 4]])], "input 'in': shape [1, 3] has 3 elements, got 4"),
+    (
+        "m",
+        [tensor(shape=[10**30, 3], data=[1, 2, 3])],
+        f"input 'in': shape [{10**30}, 3] has more elements than any request",
+    ),
     ("m", [tensor(data=[[1, 2], 3])], "input 'in': Expected `float`, got `array` - at `$[0]`"),
     ("m", [tensor(data=[1, "2", 3])], "input 'in': Expected `float`, got `str` - at `$[1]`"),
     ("m", [tensor(data=[1, True, 3])], "input 'in': Expected `float`, got `bool` - at `$[1]`"),
