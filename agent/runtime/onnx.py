@@ -2,51 +2,144 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import warnings
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
+from agent.runtime.assignment import RECORD, provider_of
+from agent.runtime.checks import Signature, encoded, text
+from agent.runtime.onnx_options import CPU, Compilation, provider_options
 from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
+from edgeward.wire.package import TensorSpec
 
-
-class OnnxModel:
-    """Loaded from bytes, so that a model cannot reach for other files; one thread, no memory arena growth."""
-
-    def __init__(self, content: bytes, load: LoadOptions) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = load.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                content, options, providers=list(load.providers) or ["CPUExecutionProvider"]
-            )
-        except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base but Exception
-            raise RuntimeFault(f"onnxruntime refused the model: {_first_line(error)}") from None
-        self.provider: str = self._session.get_providers()[0]
-        self.inputs = [_spec(item) for item in self._session.get_inputs()]
-        self.outputs = [_spec(item) for item in self._session.get_outputs()]
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def infer(self, inputs: Arrays) -> Arrays:
-        try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
-        except Exception as error:  # noqa: BLE001  # as above
-            raise RuntimeFault(f"onnxruntime: {_first_line(error)}") from None
-
+log = logging.getLogger(__name__)
 
 _TYPES = {"float": "float32", "double": "float64", "string": "bytes"}
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; the package onnx is not on devices
 
 
-def _spec(item: Any) -> Any:
-    from edgeward.wire.package import TensorSpec
-
+def _spec(item: Any, what: str) -> TensorSpec:
+    if not item.type.startswith("tensor("):
+        raise RuntimeFault(
+            f"{what} {item.name} is a {item.type}, not a tensor (scikit-learn: convert with zipmap off)"
+        )
     kind = item.type.removeprefix("tensor(").removesuffix(")")
     shape = [size if isinstance(size, int) else -1 for size in item.shape]
     return TensorSpec(item.name, _TYPES.get(kind, kind), shape)
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
+    content = str(error).strip()
+    return content.splitlines()[0][:500] if content else type(error).__name__
+
+
+def _options(load: LoadOptions) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = load.threads
+    options.inter_op_num_threads = 1
+    # Threads that spin for work take the cores that the agent and the other models need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry(RECORD, "1")
+    options.log_severity_level = 3
+    return options
+
+
+class OnnxModel:
+    """Loaded from bytes, so that a model cannot reach for other files. See port.Model.
+
+    Text is str or bytes objects going in and bytes objects coming out; bfloat16 is uint16 both ways.
+    """
+
+    def __init__(self, content: bytes, load: LoadOptions) -> None:
+        """Raises RuntimeFault when onnxruntime refuses the model or it has inputs or outputs that are no tensors."""
+        asked = load.providers or (CPU,)
+        available = onnxruntime.get_available_providers()
+        # onnxruntime drops what it does not know with a warning; the one that counts is `provider`.
+        providers = [name for name in dict.fromkeys(asked) if name in available]
+        if CPU not in providers:
+            providers.append(CPU)
+        self._compilation = Compilation.begin(content, providers, load)
+        try:
+            self._session = self._open(content, load, providers)
+        finally:
+            self._compilation.end()
+        self.provider = provider_of(self._session, content, providers)
+        if self.provider == CPU != providers[0]:
+            log.warning("asked for %s, but the model's nodes run on the CPU", providers[0])
+        self.inputs = [_spec(item, "input") for item in self._session.get_inputs()]
+        self.outputs = [_spec(item, "output") for item in self._session.get_outputs()]
+        self._signature = Signature(self.inputs, scalars_are_open=True)
+        self._raw_in = {spec.name for spec in self.inputs if spec.dtype == "bfloat16"}
+        self._names = [spec.name for spec in self.outputs]
+        self._text_in = [spec.name for spec in self.inputs if spec.dtype == "bytes"]
+        self._text_out = [spec.name for spec in self.outputs if spec.dtype == "bytes"]
+        self._raw = bool(self._raw_in) or any(spec.dtype == "bfloat16" for spec in self.outputs)
+
+    def _open(self, content: bytes, load: LoadOptions, providers: list[str]) -> Any:
+        compilation = self._compilation
+        settings = [provider_options(name, load, compilation.folder) for name in providers]
+        attempts = [True, False] if compilation.active else [False]
+        failure = ""
+        for compiled in attempts:
+            options = _options(load)
+            # A fault of the compiled form must not cost the model: the last attempt is without.
+            source = compilation.prepare(options) or content if compiled else content
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    session: Any = onnxruntime.InferenceSession(
+                        source, options, providers=list(zip(providers, settings, strict=True))
+                    )
+            except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base but Exception
+                failure = _first_line(error)
+                continue
+            # It would otherwise turn to other providers after a fault while running, and say nothing.
+            session.disable_fallback()
+            if compiled:
+                compilation.keep()
+            return session
+        raise RuntimeFault(f"onnxruntime refused the model: {failure}")
+
+    def infer(self, inputs: Arrays) -> Arrays:
+        """Raises RuntimeFault naming the tensor at fault; the model stays usable."""
+        feed = self._signature.check(inputs)
+        for name in self._text_in:
+            feed[name] = text(name, feed[name])
+        try:
+            if self._raw:
+                return self._infer_raw(feed)
+            results = dict(zip(self._names, self._session.run(self._names, feed), strict=True))
+        except Exception as error:  # noqa: BLE001  # as above
+            raise RuntimeFault(f"onnxruntime: {_first_line(error)}") from None
+        for name in self._text_out:
+            results[name] = encoded(results[name])
+        self._compilation.ran(feed)
+        return results
+
+    def _infer_raw(self, feed: Arrays) -> Arrays:
+        """With bfloat16, which NumPy lacks: through onnxruntime's own values."""
+        make = onnxruntime.OrtValue
+        values = {
+            name: make.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+            if name in self._raw_in
+            else make.ortvalue_from_numpy(array)
+            for name, array in feed.items()
+        }
+        results: Arrays = {}
+        outputs = self._session.run_with_ort_values(self._names, values)
+        for spec, value in zip(self.outputs, outputs, strict=True):
+            if spec.dtype == "bfloat16":
+                shape = tuple(value.shape())
+                results[spec.name] = np.frombuffer(
+                    ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape, dtype=np.int64))), np.uint16
+                ).reshape(shape)
+            else:
+                array = value.numpy()
+                results[spec.name] = encoded(array) if spec.dtype == "bytes" else array
+        return results

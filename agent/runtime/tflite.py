@@ -2,60 +2,178 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from agent.runtime.checks import Signature, encoded
 from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 
+log = logging.getLogger(__name__)
 
-def _interpreter() -> Any:
+XNNPACK = "XNNPACK"
+CPU = "CPU"  # LiteRT's own kernels, where XNNPACK takes nothing of the model
+
+
+@dataclass(frozen=True)
+class Library:
+    """An accelerator's delegate: its shared library, and what installs it."""
+
+    file: str
+    hint: str
+
+
+#: Delegate -> its library, as the dynamic linker finds it.
+LIBRARIES = {
+    "EdgeTPU": Library("libedgetpu.so.1", "install libedgetpu1-std from Coral's packages"),
+    "GPU": Library("libtensorflowlite_gpu_delegate.so", "build LiteRT's GPU delegate for this device"),
+    "NNAPI": Library("libnnapi_delegate.so", "NNAPI is there on Android only"),
+}
+
+
+def _module() -> Any:
+    with contextlib.suppress(ImportError):
+        # Gives NumPy the type bfloat16, without which LiteRT cannot name such a tensor.
+        import ml_dtypes  # noqa: F401
     try:
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert import interpreter
     except ImportError:
-        from tflite_runtime.interpreter import Interpreter
-    return Interpreter
+        from tflite_runtime import interpreter
+    return interpreter
+
+
+def _delegate(name: str) -> Any:
+    """Raises RuntimeFault when the delegate is unknown, not installed, or finds no device."""
+    library = LIBRARIES.get(name)
+    if library is None:
+        raise RuntimeFault(
+            f"LiteRT has no delegate {name!r}", hint=f"known: {', '.join([*LIBRARIES, XNNPACK])}"
+        )
+    try:
+        # Asked first: LiteRT's own loader leaves a half-made object behind when the file is missing.
+        ctypes.CDLL(library.file)
+    except OSError as error:
+        raise RuntimeFault(f"delegate {name}: {error}", hint=library.hint) from None
+    try:
+        return _module().load_delegate(library.file)
+    except (ValueError, OSError, AttributeError) as error:
+        why = " ".join(str(error).split()) or "it found no device"
+        raise RuntimeFault(f"delegate {name}: {library.file} refused to start: {why}") from None
 
 
 def _spec(detail: Any) -> TensorSpec:
     signature = detail["shape_signature"] if len(detail["shape_signature"]) else detail["shape"]
-    return TensorSpec(detail["name"], np.dtype(detail["dtype"]).name, [int(size) for size in signature])
+    dtype = np.dtype(detail["dtype"])
+    name = "bytes" if dtype.kind in "OSU" else dtype.name
+    return TensorSpec(detail["name"], name, [int(size) for size in signature])
+
+
+def _delegated(interpreter: Any) -> bool:
+    # `_get_ops_details` also asks for the types of all tensors, which fails where NumPy has no such type.
+    native = interpreter._interpreter
+    return any(native.NodeName(index) == "DELEGATE" for index in range(native.NumNodes()))
+
+
+def _interpreter(content: bytes, threads: int, delegate: Any) -> tuple[Any, bool]:
+    """An interpreter, and whether the delegate took a part of the model. Raises RuntimeFault."""
+    try:
+        made = _module().Interpreter(
+            model_content=content,
+            num_threads=threads,
+            experimental_delegates=[delegate] if delegate is not None else None,
+        )
+        # Before tensors are allocated: LiteRT then lets XNNPACK have the rest, which looks the same.
+        taken = delegate is not None and _delegated(made)
+        made.allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeFault(f"LiteRT refused the model: {error}") from None
+    return made, taken
 
 
 class TfliteModel:
-    """One interpreter; its input is resized when the number of rows changes."""
+    """One interpreter; its inputs are resized when their shapes change. See port.Model.
+
+    Quantised models take and give their raw integers. Text is bytes objects coming out; bfloat16 is uint16
+    both ways.
+    """
 
     def __init__(self, content: bytes, load: LoadOptions) -> None:
+        """Raises RuntimeFault when LiteRT refuses the model, or no delegate asked for can be loaded."""
+        self.provider = ""
+        self._interpreter: Any = self._open(content, load)
         try:
-            self._interpreter = _interpreter()(model_content=content, num_threads=load.threads)
-            self._interpreter.allocate_tensors()
-        except (ValueError, RuntimeError) as error:
-            raise RuntimeFault(f"LiteRT refused the model: {error}") from None
-        self.provider = "XNNPACK"
-        self._inputs = {detail["name"]: detail for detail in self._interpreter.get_input_details()}
-        self._outputs = {detail["name"]: detail for detail in self._interpreter.get_output_details()}
+            self._inputs = {detail["name"]: detail for detail in self._interpreter.get_input_details()}
+            self._outputs = {detail["name"]: detail for detail in self._interpreter.get_output_details()}
+        except ValueError as error:
+            raise RuntimeFault(f"LiteRT cannot name the types of the model's tensors: {error}") from None
         self.inputs = [_spec(detail) for detail in self._inputs.values()]
         self.outputs = [_spec(detail) for detail in self._outputs.values()]
+        self._signature = Signature(self.inputs)
+        self._text_in = {spec.name for spec in self.inputs if spec.dtype == "bytes"}
+        self._text_out = {spec.name for spec in self.outputs if spec.dtype == "bytes"}
+        self._raw_in = {spec.name for spec in self.inputs if spec.dtype == "bfloat16"}
+        self._raw_out = {spec.name for spec in self.outputs if spec.dtype == "bfloat16"}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
+    def _open(self, content: bytes, load: LoadOptions) -> Any:
+        """Take the first delegate that takes a part of the model; the CPU is always there in the end."""
+        faults: list[RuntimeFault] = []
+        for name in load.providers:
+            if name in (XNNPACK, CPU):
+                break
+            try:
+                interpreter, taken = _interpreter(content, load.threads, _delegate(name))
+            except RuntimeFault as fault:
+                faults.append(fault)
+                continue
+            if taken:
+                self.provider = name
+                return interpreter
+            faults.append(RuntimeFault(f"delegate {name} takes no part of the model"))
+        for found in faults:
+            log.warning("%s", found)
+        if faults and not {XNNPACK, CPU} & set(load.providers):
+            raise faults[0]
+        interpreter, _ = _interpreter(content, load.threads, None)
+        self.provider = XNNPACK if _delegated(interpreter) else CPU
+        return interpreter
+
     def infer(self, inputs: Arrays) -> Arrays:
-        if set(inputs) != set(self._inputs):
-            raise RuntimeFault(f"expected inputs {', '.join(self._inputs)}, got {', '.join(inputs)}")
+        """Raises RuntimeFault naming the tensor at fault; the model stays usable."""
+        feed = self._signature.check(inputs)
         try:
-            shapes = {name: values.shape for name, values in inputs.items()}
-            if shapes != self._shapes:
-                for name, values in inputs.items():
-                    self._interpreter.resize_tensor_input(self._inputs[name]["index"], values.shape)
-                self._interpreter.allocate_tensors()
-                self._shapes = shapes
-            for name, values in inputs.items():
+            self._resize(feed)
+            for name, values in feed.items():
+                if name in self._text_in:
+                    values = encoded(values)
+                elif name in self._raw_in:
+                    values = values.view(self._inputs[name]["dtype"])
                 self._interpreter.set_tensor(self._inputs[name]["index"], values)
             self._interpreter.invoke()
-            return {
-                name: self._interpreter.get_tensor(detail["index"]).copy()
-                for name, detail in self._outputs.items()
+            results = {
+                name: self._interpreter.get_tensor(detail["index"]) for name, detail in self._outputs.items()
             }
         except (ValueError, RuntimeError) as error:
+            # Whatever it has allocated now, the next request must not rely on it.
+            self._shapes = {}
             raise RuntimeFault(f"LiteRT: {error}") from None
+        for name in self._text_out:
+            results[name] = encoded(results[name])
+        for name in self._raw_out:
+            results[name] = results[name].view(np.uint16)
+        return results
+
+    def _resize(self, feed: Arrays) -> None:
+        shapes = {name: values.shape for name, values in feed.items()}
+        if shapes == self._shapes:
+            return
+        for name, shape in shapes.items():
+            self._interpreter.resize_tensor_input(self._inputs[name]["index"], shape)
+        self._interpreter.allocate_tensors()
+        self._shapes = shapes
