@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from agent import hardware
+from agent.runtime.available import available
 from agent.runtime.port import installed
 from edgeward.wire.reports import Accelerator, Inventory
 
@@ -22,27 +25,24 @@ _LABELS = (
 )
 
 
-def find() -> Inventory:
-    """Facts of the machine and, inside a cluster, of its Node."""
+def find(folder: Path | None = None, *, root: Path = Path("/")) -> Inventory:
+    """Facts of the machine and, inside a cluster, of its Node.
+
+    With `folder` the execution providers are kept there, so that only the first start after an installation
+    asks for them. `root` is where the file system begins.
+    """
     node, accelerators = node_facts()
     return Inventory(
         architecture=platform.machine(),
         cpus=os.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
         runtimes=installed(),
-        providers=_providers(),
-        accelerators=accelerators,
+        providers=available(folder, root=root),
+        accelerators=accelerators or hardware.accelerators(root),
         node=node,
+        soc=hardware.soc(root),
+        drivers=hardware.drivers(root),
     )
-
-
-def _providers() -> list[str]:
-    try:
-        import onnxruntime
-    except ImportError:
-        return []
-    providers: list[str] = onnxruntime.get_available_providers()
-    return providers
 
 
 def node_facts() -> tuple[dict[str, str], list[Accelerator]]:

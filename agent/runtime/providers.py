@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgeward.wire.package import Runtime
 from edgeward.wire.reports import Condition
 from edgeward.wire.slots import SlotPolicy
 
@@ -30,6 +31,12 @@ _NEVER = frozenset({"AzureExecutionProvider"})
 
 def is_cpu(name: str) -> bool:
     return name in _CPU
+
+
+def of(runtime: Runtime, available: Sequence[str]) -> list[str]:
+    """Those of one runtime among a device's providers and delegates."""
+    lite = {*TFLITE, "CPU"}
+    return [name for name in available if (name in lite) == (runtime == "tflite")]
 
 
 def wanted(available: Sequence[str], variant_providers: Sequence[str], policy: SlotPolicy) -> tuple[str, ...]:

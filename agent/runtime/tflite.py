@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agent.runtime.checks import Signature, encoded
+from agent.runtime.delegates import LIBRARIES
 from agent.runtime.port import Arrays, LoadOptions
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
@@ -19,22 +19,6 @@ log = logging.getLogger(__name__)
 
 XNNPACK = "XNNPACK"
 CPU = "CPU"  # LiteRT's own kernels, where XNNPACK takes nothing of the model
-
-
-@dataclass(frozen=True)
-class Library:
-    """An accelerator's delegate: its shared library, and what installs it."""
-
-    file: str
-    hint: str
-
-
-#: Delegate -> its library, as the dynamic linker finds it.
-LIBRARIES = {
-    "EdgeTPU": Library("libedgetpu.so.1", "install libedgetpu1-std from Coral's packages"),
-    "GPU": Library("libtensorflowlite_gpu_delegate.so", "build LiteRT's GPU delegate for this device"),
-    "NNAPI": Library("libnnapi_delegate.so", "NNAPI is there on Android only"),
-}
 
 
 def _module() -> Any:

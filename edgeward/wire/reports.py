@@ -37,7 +37,11 @@ class Accelerator(Struct, frozen=True):
 
 
 class Inventory(Struct, frozen=True):
-    """What the device is: facts, found on the device itself."""
+    """What the device is: facts, found on the device itself.
+
+    `soc` is the board or processor by name, `drivers` versions by kernel driver: a compiled model and a
+    measured latency hold for one combination of them.
+    """
 
     architecture: str = ""
     cpus: int = 0
@@ -46,6 +50,8 @@ class Inventory(Struct, frozen=True):
     providers: list[str] = []
     accelerators: list[Accelerator] = []
     node: dict[str, str] = {}
+    soc: str = ""
+    drivers: dict[str, str] = {}
 
 
 class Status(Struct, frozen=True):

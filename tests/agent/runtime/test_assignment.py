@@ -13,11 +13,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from agent.runtime import assignment, tflite
+from agent.runtime import assignment
 from agent.runtime.assignment import decide, profiled, provider_of
+from agent.runtime.delegates import LIBRARIES, Library
 from agent.runtime.onnx import OnnxModel
 from agent.runtime.port import LoadOptions
-from agent.runtime.tflite import Library, TfliteModel
+from agent.runtime.tflite import TfliteModel
 from edgeward.errors import RuntimeFault
 from tests.agent.runtime import graphs
 
@@ -168,9 +169,9 @@ def test_text_that_is_no_utf8_is_named() -> None:
         model.infer({"x": np.array([[1.5, "a"]], object)})
 
 
-@pytest.mark.parametrize("name", list(tflite.LIBRARIES))
+@pytest.mark.parametrize("name", list(LIBRARIES))
 def test_a_delegate_that_is_not_installed_is_a_clear_fault(name: str) -> None:
-    library = tflite.LIBRARIES[name]
+    library = LIBRARIES[name]
     with pytest.raises(RuntimeFault, match=f"delegate {name}: {library.file}") as fault:
         TfliteModel(graphs.tflite_dense(), LoadOptions(providers=(name,)))
     assert library.hint in str(fault.value)
@@ -216,7 +217,7 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "idle.c").write_text(_IDLE)
     built = tmp_path / "libidle.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", built, tmp_path / "idle.c"], check=True)
-    monkeypatch.setitem(tflite.LIBRARIES, "EdgeTPU", Library(str(built), ""))
+    monkeypatch.setitem(LIBRARIES, "EdgeTPU", Library(str(built), ""))
 
 
 @pytest.mark.usefixtures("idle")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.runtime.port import LoadOptions, load
-from agent.runtime.providers import ONNX, TFLITE, is_cpu, judge, wanted
+from agent.runtime.providers import ONNX, TFLITE, is_cpu, judge, of, wanted
 from edgeward.wire.slots import SlotPolicy
 from tests.agent.runtime import graphs
 
@@ -42,6 +42,11 @@ def test_a_variant_for_many_devices_is_asked_for_where_it_can_run() -> None:
     assert wanted([AZURE, CPU], [CUDA, CPU], SlotPolicy()) == (CPU,)
     assert wanted([AZURE, CPU], [CUDA], SlotPolicy()) == (CUDA,)
     assert wanted([AZURE, CPU], [CPU], SlotPolicy(providers=[CUDA, CPU])) == (CUDA, CPU)
+
+
+def test_each_runtime_has_its_own() -> None:
+    assert of("onnx", [CUDA, "GPU", CPU, "XNNPACK"]) == [CUDA, CPU]
+    assert of("tflite", [CUDA, "GPU", CPU, "XNNPACK"]) == ["GPU", "XNNPACK"]
 
 
 def test_only_azure_leaves_nothing() -> None:
