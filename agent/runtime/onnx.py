@@ -44,7 +44,6 @@ def _options(load: LoadOptions) -> Any:
     options.inter_op_num_threads = 1
     # Threads that spin for work take the cores that the agent and the other models need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.add_session_config_entry(RECORD, "1")
     options.log_severity_level = 3
     return options

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from ai_edge_litert.schema_py_generated import TensorType
 from onnx import TensorProto, helper
 
 from agent.runtime import assignment
@@ -129,6 +130,22 @@ def test_threads_are_as_asked_and_do_not_spin() -> None:
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
+def test_the_session_may_not_turn_to_other_providers_while_it_runs() -> None:
+    """onnxruntime does so after some faults, once, with a printed line only."""
+    assert not OnnxModel(graphs.onnx_dense(), LoadOptions())._session._enable_fallback
+
+
+def test_raw_values_may_lie_in_any_order() -> None:
+    """They are handed over by address, so their order in memory counts."""
+    x = np.arange(6, dtype=np.uint16).reshape(2, 3).T
+    assert not x.flags.c_contiguous
+    for model in (
+        OnnxModel(graphs.onnx_same(TensorProto.BFLOAT16), LoadOptions()),
+        TfliteModel(graphs.tflite_same(TensorType.BFLOAT16), LoadOptions()),
+    ):
+        np.testing.assert_array_equal(model.infer({"x": x})["y"], x)
+
+
 def test_outputs_that_are_no_tensors_are_refused_by_name() -> None:
     sequence = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph(
@@ -190,8 +207,6 @@ def test_lite_falls_to_the_cpu_where_that_was_named_and_says_so(caplog: pytest.L
 
 
 def test_lite_does_not_claim_xnnpack_for_what_it_leaves_alone() -> None:
-    from ai_edge_litert.schema_py_generated import TensorType
-
     assert TfliteModel(graphs.tflite_same(TensorType.INT64), LoadOptions()).provider == "CPU"
 
 

@@ -205,6 +205,24 @@ def test_each_provider_keeps_its_own_kind_of_form(
         assert options.get_session_config_entry("ep.context_enable") == "1"
 
 
+def test_forms_of_other_providers_and_unfinished_ones_are_not_taken(tmp_path: Path) -> None:
+    load = LoadOptions(compiled=str(tmp_path))
+    begun = Compilation.begin(b"model", ["CUDAExecutionProvider", "CPUExecutionProvider"], load)
+    options = onnxruntime.SessionOptions()
+    begun.prepare(options)
+    Path(options.optimized_model_filepath).write_bytes(b"graph")
+    begun.keep()
+    begun.end()
+    other = Compilation.begin(b"model", ["CPUExecutionProvider"], load)
+    assert other.prepare(options) is None
+    Path(options.optimized_model_filepath).write_bytes(b"half a gra")
+    other.end()
+    assert Compilation.begin(b"model", ["CPUExecutionProvider"], load).prepare(options) is None
+    assert len(list(tmp_path.iterdir())) == 2
+    again = Compilation.begin(b"model", ["CUDAExecutionProvider", "CPUExecutionProvider"], load)
+    assert again.prepare(options) == b"graph"
+
+
 def test_engines_built_for_later_shapes_are_kept(tmp_path: Path) -> None:
     load = LoadOptions(compiled=str(tmp_path))
     begun = Compilation.begin(b"model", ["TensorrtExecutionProvider"], load)
