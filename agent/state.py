@@ -37,6 +37,9 @@ MEASUREMENTS_KEPT = 256
 
 _encode = msgspec.msgpack.Encoder().encode
 
+#: Rows in one statement.
+_INSERTED = 100
+
 
 @dataclass(frozen=True)
 class LaneState:
@@ -211,7 +214,7 @@ class State:
         self,
         rows: Iterable[tuple[Lane, Row]],
         positions: dict[str, tuple[str, int]] | None = None,
-        trends: TrendChange | None = None,
+        trends: Iterable[TrendChange] = (),
     ) -> None:
         """Append rows to their lanes, advance source positions and note open trends, all or nothing."""
         by_lane: dict[Lane, list[bytes]] = {}
@@ -220,15 +223,20 @@ class State:
         with self.transaction():
             for lane, encoded in by_lane.items():
                 (first,) = self._db.execute("SELECT next_seq FROM lane WHERE name=?", (lane,)).fetchone()
-                self._db.executemany(
-                    "INSERT INTO outbox VALUES (?,?,?)",
-                    ((lane, first + index, row) for index, row in enumerate(encoded)),
-                )
+                for start in range(0, len(encoded), _INSERTED):
+                    self._insert(lane, first + start, encoded[start : start + _INSERTED])
                 self._db.execute("UPDATE lane SET next_seq=? WHERE name=?", (first + len(encoded), lane))
             for topic, (epoch, seq) in (positions or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO source VALUES (?,?,?)", (topic, epoch, seq))
-            if trends is not None:
-                self._note(trends)
+            for change in trends:
+                self._note(change)
+
+    def _insert(self, lane: Lane, first: int, encoded: list[bytes]) -> None:
+        """In one statement: each step of `executemany` gives up the interpreter and waits to get it back."""
+        values: list[object] = []
+        for seq, row in enumerate(encoded, first):
+            values += (lane, seq, row)
+        self._db.execute(f"INSERT INTO outbox VALUES {','.join(['(?,?,?)'] * len(encoded))}", values)  # noqa: S608  # only placeholders
 
     def _note(self, trends: TrendChange) -> None:
         stream = trends.stream

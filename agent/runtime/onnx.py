@@ -155,6 +155,7 @@ def _compiled_session(content: bytes, load: LoadOptions, providers: list[str]) -
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     # By itself it would turn to other providers after a fault, now or while running.
+                    # Older releases know only the call below.
                     session: Any = onnxruntime.InferenceSession(
                         source,
                         options,
@@ -164,6 +165,7 @@ def _compiled_session(content: bytes, load: LoadOptions, providers: list[str]) -
             except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base but Exception
                 failure = _first_line(error)
                 continue
+            session.disable_fallback()
             if compiled:
                 compilation.keep()
             return session, compilation

@@ -1,4 +1,4 @@
-"""source -> quality -> window -> model -> actions -> outbox: one thread per stream.
+"""source -> quality -> window -> model -> actions -> outbox: one thread per stream, one for its disk.
 
 Actions run right after the inference and wait for nothing else. Then everything that the windows made,
 and the sensor's position, is one transaction, and only then is the sensor told: a kill at any instant
@@ -8,7 +8,6 @@ leaves both or neither. An action may therefore run again after a kill, but is n
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import numpy as np
 from agent.runtime.port import Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots import ActiveModel
-from agent.state import State, TrendChange
+from agent.state import State
 from agent.streams.decode.sequence import Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
 from agent.streams.figures import Figures
@@ -37,6 +36,7 @@ from agent.streams.sources.mqtt import MqttLink, fill_in
 from agent.streams.sources.push import PushSource
 from agent.streams.trends import Trends
 from agent.streams.window import Closed, Windows
+from agent.streams.writer import Writer
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, InvalidDocument, PackageError, RuntimeFault, Unavailable
 from edgeward.identifiers import DeviceName
@@ -109,13 +109,20 @@ class StreamRunner:
         self._arrived = threading.Condition()
         self._stop = threading.Event()
         self._figures = Figures()
-        self._fence = threading.Lock()
-        self._ended = False
-        #: The thread has ended by an internal error; only a new runner goes on, from the durable position.
+        self._writer = Writer(
+            state,
+            self._source_key,
+            self._stop,
+            stored=self._stored,
+            refused=self._refused,
+            failed=self._fail,
+        )
+        #: An internal error has ended the stream; only a new runner goes on, from the durable position.
         self.failed = False
         self._thread = threading.Thread(target=self._work, name=f"stream-{target.name}", daemon=True)
 
     def start(self) -> None:
+        self._writer.start()
         self._thread.start()
         self.source.start(self)
 
@@ -126,9 +133,7 @@ class StreamRunner:
         with self._arrived:
             self._arrived.notify_all()
         self._thread.join(STOP_SECONDS)
-        with self._fence:
-            # A successor goes on from the durable position; a thread that hangs must not move it any more.
-            self._ended = True
+        self._writer.end(STOP_SECONDS)
         self._reactions.stop()
 
     @property
@@ -164,12 +169,10 @@ class StreamRunner:
             self._process(self._windows.flush(), self._clock.monotonic(), everything=True)
         except Unavailable as error:
             log.warning("stream %s stops, the rest is left to the sensor: %s", self.target.name, error)
-        except Exception as error:
-            # To go on would tell the sensor that samples are stored which this fault may have cost.
-            self.failed = True
-            self._reason = f"internal error: {error!r}"
-            self.count("errors")
-            log.exception("stream %s stopped", self.target.name)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not go unseen
+            self._fail(error)
+        finally:
+            self._writer.close()
 
     def _turn(self) -> None:
         """Wait for samples or for a window's end, and work off what is there."""
@@ -228,7 +231,7 @@ class StreamRunner:
             log.error("stream %s does not fit %s: %s", self.target.name, model.ref.model, error)
 
     def _process(self, closed: list[Closed], received: float, *, everything: bool = False) -> None:
-        """Infer, act, commit, tell the sensor. `received` is when the oldest of these samples came in."""
+        """Infer, act, hand over to be stored. `received` is when the oldest of these samples came in."""
         examples = (
             make_examples(closed, self._spec.window.aggregate, self._spec.window.count) if closed else None
         )
@@ -241,8 +244,13 @@ class StreamRunner:
         position = self._positions.at(self._windows.settled)
         position = position if self._numbered else None
         if rows or position or change is not None:
-            self._commit(rows, position, change)
-        if position:
+            self._writer.put(rows, position, change)
+
+    # the writer's side
+
+    def _stored(self, position: Position | None) -> None:
+        self._committed()
+        if position is not None:
             self._durable = position
             self._acknowledge()
 
@@ -255,24 +263,18 @@ class StreamRunner:
             self.count("errors")
             log.warning("stream %s: the sensor could not be told: %s", self.target.name, error)
 
-    def _commit(
-        self, rows: list[tuple[Lane, Row]], position: Position | None, trends: TrendChange | None
-    ) -> None:
-        """All or nothing, as soon as the disk lets it. Raises Unavailable when told to stop before that."""
-        while True:
-            try:
-                with self._fence:
-                    if self._ended:
-                        raise Unavailable("the stream was stopped before its results were stored")
-                    self._state.commit_rows(rows, {self._source_key: position} if position else None, trends)
-            except (OSError, sqlite3.Error) as error:
-                self.count("errors")
-                log.error("stream %s: results cannot be stored: %s", self.target.name, error)
-                if self._stop.wait(0.5):
-                    raise Unavailable(f"results cannot be stored: {error}") from None
-            else:
-                self._committed()
-                return
+    def _refused(self, error: Exception) -> None:
+        self.count("errors")
+        log.error("stream %s: results cannot be stored: %s", self.target.name, error)
+
+    def _fail(self, error: Exception) -> None:
+        """To go on would tell the sensor that samples are stored which this error may have cost."""
+        self._reason = f"internal error: {error!r}"
+        self.count("errors")
+        log.error("stream %s has ended", self.target.name, exc_info=error)
+        self.failed = True
+
+    # the model
 
     def _rows_of(self, examples: Examples, received: float) -> list[tuple[Lane, Row]]:
         model, outputs, began = self._ask(examples)

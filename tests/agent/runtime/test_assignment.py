@@ -173,6 +173,17 @@ def test_the_session_may_not_turn_to_other_providers_while_it_runs() -> None:
     assert not OnnxModel(graphs.onnx_dense(), LoadOptions())._session._enable_fallback
 
 
+def test_nor_where_onnxruntime_does_not_know_that_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = onnxruntime.InferenceSession
+
+    def session(source: bytes, options: Any, providers: Any, enable_fallback: int) -> Any:
+        assert enable_fallback == 0
+        return real(source, options, providers=providers)
+
+    monkeypatch.setattr(onnx.onnxruntime, "InferenceSession", session)
+    assert not OnnxModel(graphs.onnx_dense(), LoadOptions())._session._enable_fallback
+
+
 def test_raw_values_may_lie_in_any_order() -> None:
     """They are handed over by address, so their order in memory counts."""
     x = np.arange(6, dtype=np.uint16).reshape(2, 3).T

@@ -23,6 +23,7 @@ from agent.runtime.engine import Engine
 from agent.slots import ActiveModel
 from agent.state import State
 from agent.streams import runner as module
+from agent.streams import writer as writer_module
 from agent.streams.local_link import LocalLink
 from agent.streams.runner import StreamRunner
 from agent.streams.running import Streams
@@ -402,7 +403,7 @@ def test_what_the_disk_refused_before_a_stop_is_left_to_the_sensor(rig: Rig) -> 
     rig.send([(1, 0.0)] * 10)
     until(lambda: runner.report().errors)
     rig.send([(1, 0.0)] * 10, first=10)
-    until(lambda: runner._queue)
+    until(lambda: runner._writer.waiting >= 20)
     rig.stop()
     # The second message must not be stored over a hole, and the first not be told to be durable.
     assert rig.wire.acked() is None and rig.rows("result") == []
@@ -514,3 +515,50 @@ def test_images_of_several_sizes_are_inferred_each_by_its_own(rig: Rig, tmp_path
     until(lambda: len(rig.rows("result")) == 5)
     assert [round(row.outputs["score"], 2) for row in rig.rows("result")] == [0.8, 0.8, 0.2, 0.2, 0.8]
     assert runner.report().reason == ""
+
+
+def test_no_action_waits_for_the_disk_and_what_waits_is_bounded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "MAX_ROWS", 200)
+    monkeypatch.setattr(module, "GROUP_SAMPLES", 100)
+    rig.activate()
+    runner = rig.start(window=Window(count=1), actions=[Action(name="a", publish="alarms")])
+    disk, store, commits = threading.Event(), rig.state.commit_rows, []
+
+    def slowly(*arguments: Any) -> None:
+        disk.wait(30)
+        commits.append(arguments)
+        store(*arguments)
+
+    rig.state.commit_rows = slowly  # type: ignore[method-assign]
+    for number in range(3):
+        rig.send([(60, 0.0)], first=number)
+        until(lambda mark=number: len(rig.wire.on("alarms")) == mark + 1)
+    assert rig.wire.acked() is None and rig.rows("result") == [], "nothing is durable yet"
+    for number in range(3, 23):
+        rig.send([(1, 0.0)] * 100, first=3 + 100 * (number - 3))
+    until(lambda: runner._writer._changed._waiters)  # type: ignore[attr-defined]  # the stream waits for room
+    assert 200 <= runner._writer.waiting < 400
+    disk.set()
+    until(lambda: rig.wire.acked() == ("e", 2002))
+    assert [row.source_seq for row in rig.rows("result")] == list(range(2003))
+    assert len(commits) < 23, "what waited together was stored together"
+
+
+def test_an_internal_error_of_the_writer_ends_the_stream_visibly(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(window=Window(count=1))
+    store = rig.state.commit_rows
+
+    def broken(*_: Any) -> None:
+        rig.state.commit_rows = store  # type: ignore[method-assign]
+        raise ValueError("a mistake of ours")
+
+    rig.state.commit_rows = broken  # type: ignore[method-assign]
+    rig.send([(1, 0.0)])
+    until(lambda: runner.failed)
+    assert "a mistake of ours" in runner.report().reason
+    rig.send([(1, 0.0)], first=1)
+    rig.stop()
+    assert rig.wire.acked() is None and rig.rows("result") == []
