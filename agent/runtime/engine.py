@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -27,6 +28,8 @@ __all__ = ["Engine", "WorkerStopped"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SWITCH_SECONDS = 0.0005
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -58,6 +61,8 @@ class Engine:
         self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 
     def start(self) -> None:
+        # By default a thread may keep the interpreter for 5 ms: as long as a request may take altogether.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
 
     def _run(self) -> None:
