@@ -6,6 +6,7 @@ process that ends is asked for its providers, once per version.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ from typing import Any
 
 import psutil
 
+from agent import hardware
+from agent.runtime import delegates
 from agent.runtime.installed import installed
-from agent.runtime.tflite_delegates import found as tflite_delegates
 from edgeward.storage import write_atomic
 from edgeward.wire.reports import Accelerator, Inventory
 
@@ -30,11 +32,8 @@ _LABELS = (
     "node.kubernetes.io/instance-type",
     "topology.kubernetes.io/zone",
 )
-_ASK = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
+_ASK = "import json, onnxruntime; print(); print(json.dumps(onnxruntime.get_available_providers()))"
 _ASK_SECONDS = 60.0
-
-#: USB vendor and product of the Coral accelerator, before and after its firmware is loaded.
-_CORAL = {("1a6e", "089a"), ("18d1", "9302")}
 
 
 def find(folder: Path | None = None, root: Path = Path("/")) -> Inventory:
@@ -44,24 +43,28 @@ def find(folder: Path | None = None, root: Path = Path("/")) -> Inventory:
     """
     node, in_cluster = node_facts()
     runtimes = installed()
+    local, handed_out = hardware.accelerators(root), {item.kind for item in in_cluster}
     return Inventory(
         architecture=platform.machine(),
         cpus=os.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
         runtimes=runtimes,
         providers=onnx_providers(runtimes.get("onnx", ""), folder),
-        accelerators=[*in_cluster, *local_accelerators(root)],
+        # The Node counts those that a device plugin hands out; the kernel shows them, and others, too.
+        accelerators=[*in_cluster, *(item for item in local if item.kind not in handed_out)],
         node=node,
-        soc=soc(root),
-        drivers=drivers(root),
-        delegates=tflite_delegates() if "tflite" in runtimes else [],
+        soc=hardware.soc(root),
+        drivers=hardware.drivers(root),
+        delegates=delegates.found(root) if "tflite" in runtimes else [],
     )
 
 
 def onnx_providers(runtime: str, folder: Path | None) -> list[str]:
-    """What the installed onnxruntime (`onnxruntime 1.20.0`) can run on; empty without it."""
+    """What the installed onnxruntime (`onnxruntime 1.20.0`) can run on; empty without it, or when it cannot be
+    asked: the next start asks again."""
     if not runtime:
         return []
+    runtime = f"{runtime} {_build()}"
     kept = folder / "providers.json" if folder is not None else None
     if kept is not None:
         try:
@@ -78,67 +81,24 @@ def onnx_providers(runtime: str, folder: Path | None) -> list[str]:
             check=True,
             stdin=subprocess.DEVNULL,
         )
-        providers = [str(name) for name in json.loads(done.stdout)]
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        # Importing it may print, too.
+        providers = [str(name) for name in json.loads(done.stdout.splitlines()[-1])]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.error("%s cannot be asked for its providers: %s", runtime, error)
         return []
     if kept is not None:
-        write_atomic(kept, json.dumps({"runtime": runtime, "providers": providers}).encode())
+        try:
+            write_atomic(kept, json.dumps({"runtime": runtime, "providers": providers}).encode())
+        except OSError as error:
+            log.warning("onnxruntime's providers cannot be kept: %s", error)
     return providers
 
 
-def soc(root: Path = Path("/")) -> str:
-    """The board's or the processor's name; what measurements on this device are valid for."""
-    board = _text(root / "proc/device-tree/model").rstrip("\x00")
-    if board:
-        return board
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Model", "Hardware"):
-            return value.strip()
-    return platform.machine()
-
-
-def drivers(root: Path = Path("/")) -> dict[str, str]:
-    """Accelerator drivers by name, with their versions."""
-    found = {}
-    nvidia = _text(root / "proc/driver/nvidia/version").partition("Kernel Module")[2].split()
-    if nvidia:
-        found["nvidia"] = nvidia[0]
-    for module in ("amdgpu", "apex", "gasket", "hailo_pci", "rknpu", "i915", "xe"):
-        folder = root / "sys/module" / module
-        if folder.is_dir():
-            found[module] = _text(folder / "version").strip() or "present"
-    return found
-
-
-def local_accelerators(root: Path = Path("/")) -> list[Accelerator]:
-    """What the kernel shows without any vendor's tool."""
-    found = []
-    for information in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        facts: dict[str, str] = {}
-        for line in _text(information).splitlines():
-            key, _, value = line.partition(":")
-            facts[key.strip()] = value.strip()
-        found.append(Accelerator("nvidia.com/gpu", facts.get("Model", "NVIDIA GPU")))
-    for device in sorted((root / "sys/bus/usb/devices").glob("*")):
-        ids = (_text(device / "idVendor").strip(), _text(device / "idProduct").strip())
-        if ids in _CORAL:
-            found.append(Accelerator("coral.ai/edgetpu", "Coral USB Accelerator"))
-    for pattern, kind, name in (
-        ("apex_*", "coral.ai/edgetpu", "Coral PCIe Accelerator"),
-        ("hailo*", "hailo.ai/h8", "Hailo"),
-        ("rknpu*", "rockchip.com/npu", "Rockchip NPU"),
-        ("dri/renderD*", "gpu", "GPU"),
-        ("kfd", "amd.com/gpu", "AMD GPU"),
-    ):
-        found += [Accelerator(kind, f"{name} {path.name}") for path in sorted((root / "dev").glob(pattern))]
-    return found
-
-
-def _text(path: Path) -> str:
+def _build() -> str:
+    """Tells another build of the same version: several distributions bring the module onnxruntime."""
+    spec = importlib.util.find_spec("onnxruntime")
     try:
-        return path.read_text(errors="replace")
+        return str(Path(spec.origin).stat().st_mtime_ns) if spec is not None and spec.origin else ""
     except OSError:
         return ""
 

@@ -7,8 +7,8 @@ import importlib.util
 
 from edgeward.wire.package import Runtime
 
-#: Runtime -> modules that can run it, best first, and the distributions that may have brought each.
-_PACKAGES: dict[Runtime, tuple[tuple[str, tuple[str, ...]], ...]] = {
+#: Runtime -> the modules that can run it, best first, each with the distributions that bring it.
+_MODULES: dict[Runtime, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "onnx": (
         (
             "onnxruntime",
@@ -22,24 +22,27 @@ _PACKAGES: dict[Runtime, tuple[tuple[str, tuple[str, ...]], ...]] = {
             ),
         ),
     ),
-    "tflite": (("ai_edge_litert", ("ai-edge-litert",)), ("tflite_runtime", ("tflite-runtime",))),
+    "tflite": (
+        ("ai_edge_litert", ("ai-edge-litert", "ai-edge-litert-nightly")),
+        ("tflite_runtime", ("tflite-runtime",)),
+    ),
 }
 
 
 def installed() -> dict[str, str]:
     """Runtime -> `package version` of what would run it here."""
     found: dict[str, str] = {}
-    for runtime, packages in _PACKAGES.items():
-        for module, distributions in packages:
+    for runtime, modules in _MODULES.items():
+        for module, distributions in modules:
             if runtime not in found and importlib.util.find_spec(module) is not None:
                 found[runtime] = _version(distributions)
     return found
 
 
 def _version(distributions: tuple[str, ...]) -> str:
-    for distribution in distributions:
+    for name in distributions:
         try:
-            return f"{distribution} {importlib.metadata.version(distribution)}"
+            return f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             continue
     return f"{distributions[-1]} unknown"

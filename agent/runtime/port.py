@@ -32,7 +32,8 @@ class LoadOptions(Struct, frozen=True):
     """How an adapter loads a model.
 
     `threads` bounds intra-op threads. `providers` are execution providers or delegates to try, best
-    first, each by its runtime's own name; the adapter asks afterwards which one it got. `compiled` is a
+    first, each by its runtime's own name; the adapter asks afterwards which one it got. An accelerator must
+    run all of the model, unless the processor is among them and may have the rest. `compiled` is a
     folder, private to this model and device, where compiled forms (TensorRT engines, optimised graphs)
     are kept and found again; empty: none are kept.
     """
@@ -67,8 +68,9 @@ Done = Callable[[list[Tensor] | EdgewardError, Timing], None]
 class Model(Protocol):
     """A loaded model of one adapter, used by one thread at a time per instance.
 
-    `provider` is the execution provider or delegate really used, asked after loading; `inputs` and
-    `outputs` are the signature as the runtime states it.
+    `provider` is the execution provider or delegate really used, asked after loading; where the processor
+    runs a part of the model besides an accelerator, both, joined by `+`. `inputs` and `outputs` are the
+    signature as the runtime states it.
     """
 
     provider: str

@@ -11,6 +11,8 @@ from edgeward.wire.slots import SlotPolicy
 
 #: Each runtime's names for the processor, and its accelerators, best first.
 CPU: dict[Runtime, str] = {"onnx": "CPUExecutionProvider", "tflite": "XNNPACK"}
+#: All names under which a model may turn out to run on the processor: LiteRT's own kernels are the last one.
+PROCESSORS = frozenset({*CPU.values(), "CPU"})
 ACCELERATORS: dict[Runtime, tuple[str, ...]] = {
     "onnx": (
         "TensorrtExecutionProvider",
@@ -68,8 +70,11 @@ class Verdict:
 
 
 def judge(plan: Plan, used: str, policy: SlotPolicy) -> Verdict:
-    """May a model run on what it got, when something else was meant?"""
-    if not plan.meant or used not in CPU.values():
+    """May a model run on what it got, when something else was meant?
+
+    `used` may name several joined by `+`: where the processor has a part of the model, it is named, too.
+    """
+    if not plan.meant or PROCESSORS.isdisjoint(used.split("+")):
         return Verdict()
     message = f"{plan.meant} was meant, the model runs on {used}"
     if not policy.cpu_fallback and not plan.cpu_named:

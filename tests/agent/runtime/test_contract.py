@@ -1,218 +1,229 @@
-"""One contract for every adapter, and for every way to run it: alone, in a worker, in the agent's process."""
+"""One contract for every adapter, used directly, in a worker process and in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from ai_edge_litert.schema_py_generated import TensorType
+from onnx import TensorProto
 
 from agent.runtime.engine import Engine
 from agent.runtime.port import Arrays, LoadOptions, load
 from edgeward.errors import RuntimeFault
-from edgeward.wire.package import Runtime
+from edgeward.wire.package import TensorSpec
 from edgeward.wire.slots import SlotPolicy
-from models.recipes.tflite import TfliteGraph
+from tests.agent.runtime import graphs
 
-RNG = np.random.default_rng(7)
-WEIGHTS, BIAS = RNG.normal(size=(3, 2)).astype(np.float32), RNG.normal(size=2).astype(np.float32)
+RUNTIMES = ["onnx", "tflite"]
+WAYS = ["direct", "process", "in-process"]
+DENSE = {"onnx": graphs.onnx_dense, "tflite": graphs.tflite_dense}
+TWO = {"onnx": graphs.onnx_two, "tflite": graphs.tflite_two}
+PROVIDER = {"onnx": "CPUExecutionProvider", "tflite": "XNNPACK"}
 
+#: dtype -> the types of ONNX and of TFLite.
+DTYPES = {
+    "float32": (TensorProto.FLOAT, TensorType.FLOAT32),
+    "float64": (TensorProto.DOUBLE, TensorType.FLOAT64),
+    "float16": (TensorProto.FLOAT16, TensorType.FLOAT16),
+    "bfloat16": (TensorProto.BFLOAT16, TensorType.BFLOAT16),
+    "int8": (TensorProto.INT8, TensorType.INT8),
+    "int16": (TensorProto.INT16, TensorType.INT16),
+    "int32": (TensorProto.INT32, TensorType.INT32),
+    "int64": (TensorProto.INT64, TensorType.INT64),
+    "uint8": (TensorProto.UINT8, TensorType.UINT8),
+    "uint16": (TensorProto.UINT16, TensorType.UINT16),
+    "uint32": (TensorProto.UINT32, TensorType.UINT32),
+    "uint64": (TensorProto.UINT64, TensorType.UINT64),
+    "bool": (TensorProto.BOOL, TensorType.BOOL),
+    "bytes": (TensorProto.STRING, TensorType.STRING),
+}
 
-def onnx_model(
-    nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], constants: list[Any]
-) -> bytes:
-    graph = helper.make_graph(
-        nodes, "g",
-        [helper.make_tensor_value_info(name, *info) for name, info in inputs.items()],
-        [helper.make_tensor_value_info(name, *info) for name, info in outputs.items()],
-        constants,
-    )  # fmt: skip
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(made, full_check=True)
-    return bytes(made.SerializeToString())
-
-
-def dense_onnx() -> bytes:
-    constants = [onnx.numpy_helper.from_array(WEIGHTS, "w"), onnx.numpy_helper.from_array(BIAS, "b")]
-    return onnx_model(
-        [helper.make_node("Gemm", ["x_0", "w", "b"], ["y"])],
-        {"x_0": (TensorProto.FLOAT, [None, 3])},
-        {"y": (TensorProto.FLOAT, [None, 2])},
-        constants,
-    )
-
-
-def dense_tflite() -> bytes:
-    graph = TfliteGraph("dense")
-    source = graph.input("x", 3)
-    return graph.finish("y", graph.dense(source, WEIGHTS, BIAS, tanh=False))
+Opened = Callable[[bytes], Any]
 
 
-DENSE: dict[Runtime, Callable[[], bytes]] = {"onnx": dense_onnx, "tflite": dense_tflite}
-Open = Callable[[Runtime, bytes], Any]
-
-
-@pytest.fixture(params=["adapter", "worker", "in-process"])
-def opened(request: pytest.FixtureRequest) -> Iterator[Open]:
-    if request.param == "adapter":
-        yield lambda runtime, content: load(runtime, content, LoadOptions())
-        return
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
     engine = Engine()
     engine.start()
-    isolation = "process" if request.param == "worker" else "in-process"
-    yield lambda runtime, content: engine.open(runtime, content, "m:1", SlotPolicy(isolation=isolation))
+    yield engine
     engine.stop()
 
 
-@pytest.fixture(params=["onnx", "tflite"])
-def model(request: pytest.FixtureRequest, opened: Open) -> Any:
-    return opened(request.param, DENSE[request.param]())
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
-def rows(count: int) -> np.ndarray:
-    return RNG.normal(size=(count, 3)).astype(np.float32)
+@pytest.fixture(params=WAYS)
+def opened(request: pytest.FixtureRequest, runtime: Any, engine: Engine) -> Iterator[Opened]:
+    """Opens a model the way that the test is about."""
+    runners: list[Any] = []
+
+    def open_model(content: bytes) -> Any:
+        if request.param == "direct":
+            return load(runtime, content, LoadOptions())
+        runners.append(engine.open(runtime, content, "test", SlotPolicy(isolation=request.param)))
+        return runners[-1]
+
+    yield open_model
+    for runner in runners:
+        runner.stop()
 
 
-def test_it_states_its_signature_and_where_it_runs(model: Any) -> None:
-    (x,), (y,) = model.inputs, model.outputs
-    assert (x.name, x.dtype, x.shape) == ("x_0", "float32", [-1, 3])
-    assert (y.dtype, y.shape) == ("float32", [-1, 2])
-    assert model.provider in ("CPUExecutionProvider", "XNNPACK")
+def rows(count: int, width: int = 3) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(count).standard_normal((count, width)).astype(np.float32)
 
 
-def test_it_computes_what_the_reference_computes_for_any_number_of_rows(model: Any) -> None:
-    for count in (1, 5, 1, 32, 5):
+def same(runtime: Any, dtype: str) -> bytes:
+    onnx, tflite = DTYPES[dtype]
+    return graphs.onnx_same(onnx) if runtime == "onnx" else graphs.tflite_same(tflite)
+
+
+def test_says_what_it_takes_gives_and_runs_on(runtime: Any, opened: Opened) -> None:
+    model = opened(DENSE[runtime]())
+    assert model.inputs == [TensorSpec("x", "float32", [-1, 3])]
+    assert model.outputs == [TensorSpec("y", "float32", [-1, 2])]
+    assert model.provider == PROVIDER[runtime]
+
+
+def test_equals_the_reference_for_any_number_of_rows(runtime: Any, opened: Opened) -> None:
+    model = opened(DENSE[runtime]())
+    for count in (1, 5, 64, 5, 1, 3000):
         x = rows(count)
-        (got,) = model.infer({"x_0": x}).values()
-        assert got.dtype == np.float32 and got.shape == (count, 2)
-        np.testing.assert_allclose(got, x @ WEIGHTS + BIAS, rtol=1e-5, atol=1e-5)
+        result = model.infer({"x": x})
+        assert list(result) == ["y"]
+        assert result["y"].dtype == np.float32
+        np.testing.assert_allclose(result["y"], x @ graphs.WEIGHTS + graphs.BIAS, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        ({}, "input x_0 is missing, expected float32"),
-        ({"x_0": np.zeros((1, 3))}, "input x_0 is float64, expected float32"),
-        ({"x_0": np.zeros((1, 4), np.float32)}, r"input x_0 has shape \[1, 4\], expected \[-1, 3\]"),
-        ({"x_0": np.zeros(3, np.float32)}, r"input x_0 has shape \[3\], expected \[-1, 3\]"),
-        ({"x_0": np.zeros((1, 3), np.float32), "z": np.zeros(1)}, "unknown input z, the model takes x_0"),
-        ({"x_0": np.array([["a", "b", "c"]], object)}, "input x_0 is bytes, expected float32"),
-    ],
-)
-def test_a_request_that_does_not_fit_names_the_tensor_and_costs_nothing_else(
-    model: Any, bad: Arrays, says: str
-) -> None:
-    with pytest.raises(RuntimeFault, match=says):
-        model.infer(bad)
-    x = rows(2)
-    (got,) = model.infer({"x_0": x}).values()
-    np.testing.assert_allclose(got, x @ WEIGHTS + BIAS, rtol=1e-5, atol=1e-5)
+def test_no_rows_give_no_rows(runtime: Any, opened: Opened) -> None:
+    assert opened(DENSE[runtime]()).infer({"x": rows(0)})["y"].shape == (0, 2)
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "tflite"])
-@pytest.mark.parametrize(
-    "content", [b"", b"rubbish", b"\x08\x08\x12\x04more", b"\x1c\x00\x00\x00TFL3" + bytes(64)]
-)
-def test_what_is_no_model_is_refused(opened: Open, runtime: Runtime, content: bytes) -> None:
-    with pytest.raises(RuntimeFault):
-        opened(runtime, content)
-    with pytest.raises(RuntimeFault):
-        opened(runtime, DENSE["tflite" if runtime == "onnx" else "onnx"]())
+def test_several_inputs_and_outputs_keep_their_names(runtime: Any, opened: Opened) -> None:
+    model = opened(TWO[runtime]())
+    a, b = rows(4), rows(4) + 2
+    # In another order than the model's.
+    result = model.infer({"b": b, "a": a})
+    np.testing.assert_allclose(result["sum"], a + b, rtol=1e-6)
+    np.testing.assert_allclose(result["product"], a * b, rtol=1e-6)
 
 
-def test_an_answer_stays_what_it_is_when_the_model_answers_again(model: Any) -> None:
-    first = next(iter(model.infer({"x_0": rows(1)}).values()))
-    kept = first.copy()
-    model.infer({"x_0": rows(1)})
-    assert np.array_equal(first, kept)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_type_comes_back_as_it_went_in(runtime: Any, opened: Opened, dtype: str) -> None:
+    model = opened(same(runtime, dtype))
+    assert model.inputs == [TensorSpec("x", dtype, [-1, 2])]
+    assert model.outputs == [TensorSpec("y", dtype, [-1, 2])]
+    if dtype == "bytes":
+        x = np.array([["", "grün"], ["a\0b", "x" * 1000]], object)
+        want = [[b"", "grün".encode()], [b"a\0b", b"x" * 1000]]
+        assert model.infer({"x": x})["y"].tolist() == want
+        assert model.infer({"x": np.array(want, object)})["y"].tolist() == want
+        return
+    carrier = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+    if carrier.kind in "iu":
+        info = np.iinfo(carrier)
+        x = np.array([[info.min, info.max], [0, 1], [0x3F80 % info.max, 7]], carrier)
+    elif carrier.kind == "b":
+        x = np.array([[True, False]] * 3)
+    else:
+        x = np.array([[np.nan, np.inf], [-0.0, 1.5], [-np.inf, np.finfo(carrier).max]], carrier)
+    y = model.infer({"x": x})["y"]
+    assert y.dtype == carrier
+    assert y.tobytes() == x.tobytes()
 
 
-# --- what only ONNX has ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (TensorProto.FLOAT16, "float16"), (TensorProto.DOUBLE, "float64"), (TensorProto.INT8, "int8"),
-        (TensorProto.INT16, "int16"), (TensorProto.INT32, "int32"), (TensorProto.INT64, "int64"),
-        (TensorProto.UINT8, "uint8"), (TensorProto.UINT16, "uint16"), (TensorProto.UINT32, "uint32"),
-        (TensorProto.UINT64, "uint64"), (TensorProto.BOOL, "bool"), (TensorProto.BFLOAT16, "bfloat16"),
-    ],
-)  # fmt: skip
-def test_every_type_crosses_unchanged(opened: Open, kind: int, dtype: str) -> None:
-    model = opened(
-        "onnx",
-        onnx_model(
-            [helper.make_node("Identity", ["x"], ["y"])], {"x": (kind, [None])}, {"y": (kind, [None])}, []
-        ),
-    )
-    assert model.inputs[0].dtype == model.outputs[0].dtype == dtype
-    raw = "uint16" if dtype == "bfloat16" else dtype
-    x = (
-        RNG.integers(0, 2, size=5).astype(raw)
-        if dtype == "bool"
-        else RNG.integers(0, 100, size=5).astype(raw)
-    )
-    got = model.infer({"x": x})["y"]
-    assert got.dtype == x.dtype and got.tolist() == x.tolist()
-
-
-def test_texts_cross_as_utf8(opened: Open) -> None:
-    text = (TensorProto.STRING, [None, None])
-    model = opened(
-        "onnx", onnx_model([helper.make_node("Identity", ["x"], ["y"])], {"x": text}, {"y": text}, [])
-    )
-    x = np.array([["Größe", ""], ["a" * 1000, "b"]], object)
-    got = model.infer({"x": x})["y"]
-    as_text = [item.decode() if isinstance(item, bytes) else item for item in got.reshape(-1).tolist()]
-    assert got.shape == (2, 2) and as_text == x.reshape(-1).tolist()
-    with pytest.raises(RuntimeFault, match="not UTF-8"):
-        model.infer({"x": np.array([[b"\xff"]], object)})
-
-
-def test_several_inputs_and_outputs_keep_their_names(opened: Open) -> None:
-    number = (TensorProto.FLOAT, [None])
-    nodes = [helper.make_node("Sub", ["a", "b"], ["less"]), helper.make_node("Add", ["a", "b"], ["more"])]
-    model = opened(
-        "onnx", onnx_model(nodes, {"a": number, "b": number}, {"more": number, "less": number}, [])
-    )
-    one, two = np.array([5], np.float32), np.array([3], np.float32)
-    got = model.infer({"b": two, "a": one})
-    assert {name: values.tolist() for name, values in got.items()} == {"more": [8], "less": [2]}
-
-
-def test_an_optimised_graph_is_kept_used_again_and_not_believed_blindly(tmp_path: Path) -> None:
-    options = LoadOptions(compiled=str(tmp_path / "compiled"))
+@pytest.mark.parametrize("order", ["transposed", "strided", "big-endian", "read-only"])
+def test_memory_may_lie_in_any_order(runtime: Any, opened: Opened, order: str) -> None:
     x = rows(3)
-    want = x @ WEIGHTS + BIAS
-    for change in ("", "again", "changed", "gone"):
-        files = sorted((tmp_path / "compiled").glob("*.onnx"))
-        if change == "changed":
-            (kept,) = files
-            kept.write_bytes(kept.read_bytes()[:-1] + b"\x00")
-        elif change == "gone":
-            files[0].unlink()
+    given = {
+        "transposed": np.asfortranarray(x),
+        "strided": np.repeat(x, 2, axis=0)[::2],
+        "big-endian": x.astype(">f4"),
+        "read-only": np.frombuffer(x.tobytes(), np.float32).reshape(3, 3),
+    }[order]
+    result = opened(DENSE[runtime]()).infer({"x": given})
+    np.testing.assert_allclose(result["y"], x @ graphs.WEIGHTS + graphs.BIAS, rtol=1e-5, atol=1e-5)
+
+
+BAD: dict[str, tuple[Arrays, list[str]]] = {
+    "missing": ({"a": rows(2)}, ["input b", "missing", "float32 [?, 3]"]),
+    "nothing": ({}, ["input a", "missing"]),
+    "unknown": ({"a": rows(2), "b": rows(2), "c": rows(2)}, ["input c", "unknown", "a, b"]),
+    "wrong dtype": (
+        {"a": rows(2).astype(np.float64), "b": rows(2)},
+        ["input a", "expected float32", "got float64"],
+    ),
+    "integers": ({"a": rows(2), "b": rows(2).astype(np.int32)}, ["input b", "got int32"]),
+    "text": (
+        {"a": np.array([["x"] * 3], object), "b": rows(1)},
+        ["input a", "expected float32", "got bytes"],
+    ),
+    "wrong rank": ({"a": rows(2)[0], "b": rows(2)}, ["input a", "expected shape [?, 3]", "got [3]"]),
+    "rank too high": ({"a": rows(2)[None], "b": rows(2)}, ["input a", "[?, 3]", "got [1, 2, 3]"]),
+    "wrong width": ({"a": rows(2), "b": rows(2, 4)}, ["input b", "expected shape [?, 3]", "got [2, 4]"]),
+    "scalar": ({"a": np.array(1, np.float32), "b": rows(1)}, ["input a", "got []"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_named_and_the_model_stays_usable(runtime: Any, opened: Opened, kind: str) -> None:
+    model = opened(TWO[runtime]())
+    inputs, words = BAD[kind]
+    for _ in range(2):
+        with pytest.raises(RuntimeFault) as fault:
+            model.infer(inputs)
+        assert all(word in str(fault.value) for word in words), str(fault.value)
+        a = rows(3)
+        np.testing.assert_allclose(model.infer({"a": a, "b": a})["sum"], a + a, rtol=1e-6)
+    assert getattr(model, "restarts", 0) == 0
+
+
+def test_rows_that_do_not_go_together_are_refused_by_the_runtime(runtime: Any, opened: Opened) -> None:
+    model = opened(TWO[runtime]())
+    for _ in range(2):
+        with pytest.raises(RuntimeFault):
+            model.infer({"a": rows(2), "b": rows(5)})
+        a = rows(2)
+        np.testing.assert_allclose(model.infer({"a": a, "b": a})["sum"], a + a, rtol=1e-6)
+
+
+def test_numbers_for_text_are_refused(runtime: Any, opened: Opened) -> None:
+    model = opened(same(runtime, "bytes"))
+    with pytest.raises(RuntimeFault, match="input x: expected bytes, got float32"):
+        model.infer({"x": rows(1, 2)})
+    assert model.infer({"x": np.array([["a", b"b"]], object)})["y"].tolist() == [[b"a", b"b"]]
+
+
+@pytest.mark.parametrize("kind", ["empty", "noise", "cut off", "the other runtime's"])
+def test_a_bad_file_is_refused(runtime: Any, opened: Opened, kind: str) -> None:
+    whole = DENSE[runtime]()
+    content = {
+        "empty": b"",
+        "noise": np.random.default_rng(7).bytes(4096),
+        "cut off": whole[: len(whole) // 2],
+        "the other runtime's": DENSE["tflite" if runtime == "onnx" else "onnx"](),
+    }[kind]
+    with pytest.raises(RuntimeFault):
+        opened(content)
+
+
+def test_two_models_at_once_do_not_mix(runtime: Any, opened: Opened) -> None:
+    dense, two = opened(DENSE[runtime]()), opened(TWO[runtime]())
+    for _ in range(3):
+        x = rows(2)
+        np.testing.assert_allclose(two.infer({"a": x, "b": x})["product"], x * x, rtol=1e-6)
         np.testing.assert_allclose(
-            load("onnx", dense_onnx(), options).infer({"x_0": x})["y"], want, rtol=1e-5, atol=1e-5
+            dense.infer({"x": x})["y"], x @ graphs.WEIGHTS + graphs.BIAS, rtol=1e-5, atol=1e-5
         )
-        assert len(sorted((tmp_path / "compiled").glob("*.onnx"))) == 1
-    assert (tmp_path / "compiled").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "tflite"])
-def test_big_endian_numbers_are_refused_or_turned_never_misread(runtime: Runtime) -> None:
-    x = rows(2)
-    turned = x.astype(">f4")
-    with pytest.raises(RuntimeFault, match="big-endian"):
-        load(runtime, DENSE[runtime](), LoadOptions()).infer({"x_0": turned})
-    engine = Engine()
-    engine.start()
-    try:
-        (got,) = engine.open(runtime, DENSE[runtime](), "m:1").infer({"x_0": turned}).values()
-    finally:
-        engine.stop()
-    np.testing.assert_allclose(got, x @ WEIGHTS + BIAS, rtol=1e-5, atol=1e-5)
+def test_results_are_not_overwritten_by_the_next_run(runtime: Any, opened: Opened) -> None:
+    model = opened(DENSE[runtime]())
+    first = model.infer({"x": np.ones((2, 3), np.float32)})["y"]
+    before = first.copy()
+    model.infer({"x": np.zeros((2, 3), np.float32)})
+    np.testing.assert_array_equal(first, before)

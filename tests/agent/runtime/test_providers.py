@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
-from agent.runtime.onnx import left_over
-from agent.runtime.port import LoadOptions, load
 from agent.runtime.providers import ACCELERATORS, CPU, judge, plan
-from edgeward.errors import RuntimeFault
 from edgeward.wire.package import Runtime
 from edgeward.wire.slots import SlotPolicy
 
@@ -57,36 +50,20 @@ def test_the_policy_wins_over_the_package(
     assert plan("onnx", available, variant, policy).attempts == attempts
 
 
-def identity() -> bytes:
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", [info[0]], [info[1]])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(made.SerializeToString())
+def test_a_part_on_the_processor_is_a_fallback_too() -> None:
+    made = plan("onnx", [CUDA, PROCESSOR], [CUDA], SlotPolicy(cpu_fallback=True))
+    assert made.attempts == (CUDA, PROCESSOR)
+    found = judge(made, f"{CUDA}+{PROCESSOR}", SlotPolicy(cpu_fallback=True)).condition
+    assert found is not None
+    assert found.message == f"{CUDA} was meant, the model runs on {CUDA}+{PROCESSOR}"
+    assert judge(made, f"{CUDA}+{PROCESSOR}", SlotPolicy()).fault
 
 
-def test_an_accelerator_that_is_not_there_is_named_and_not_replaced() -> None:
-    with pytest.raises(RuntimeFault, match="none of CUDAExecutionProvider is in this onnxruntime"):
-        load("onnx", identity(), LoadOptions(providers=(CUDA,)))
-    assert load("onnx", identity(), LoadOptions(providers=(CUDA, PROCESSOR))).provider == PROCESSOR
-    with pytest.raises(RuntimeFault, match=r"libedgetpu\.so\.1 cannot be loaded"):
-        load("tflite", b"", LoadOptions(providers=("EdgeTPU",)))
-    with pytest.raises(RuntimeFault, match="no such delegate"):
-        load("tflite", b"", LoadOptions(providers=("Quantum",)))
-
-
-def nodes(provider: str, *kinds: str) -> Any:
-    return SimpleNamespace(
-        ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=kind) for kind in kinds]
-    )
-
-
-def test_nodes_that_fell_to_the_processor_are_a_fallback_unless_they_are_bookkeeping() -> None:
-    assert left_over([nodes(CUDA, "Conv"), nodes(PROCESSOR, "Shape", "Gather")], CUDA) == ""
-    left = left_over(
-        [nodes(CUDA, "Conv"), nodes(PROCESSOR, "TreeEnsembleRegressor", "NonMaxSuppression")], CUDA
-    )
-    assert left.startswith("2 nodes would run on the CPU: 1 x TreeEnsembleRegressor")
-    assert left_over([nodes(PROCESSOR, "Shape")], CUDA) == "it runs no node of the model"
+def test_litert_without_xnnpack_is_the_processor() -> None:
+    made = plan("tflite", ["EdgeTPU", "XNNPACK"], ["EdgeTPU"], SlotPolicy(cpu_fallback=True))
+    assert judge(made, "CPU", SlotPolicy()).fault
+    assert judge(made, "EdgeTPU+CPU", SlotPolicy()).fault
+    assert not judge(made, "EdgeTPU", SlotPolicy()).fault
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "tflite"])
