@@ -151,6 +151,7 @@ class Daemon:
             raise
         self._catalog.refresh()
         self._apply_stored()
+        self._catalog.settle()
         self.uplink.start()
         self.link.start()
         threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()

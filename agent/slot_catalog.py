@@ -17,6 +17,16 @@ class SlotCatalog:
         self._by_name: dict[tuple[str, str], Served] = {}
         self._all: list[Served] = []
         self._refreshing = threading.Lock()
+        self._settled = False
+
+    @property
+    def settled(self) -> bool:
+        return self._settled
+
+    def settle(self) -> None:
+        """Say that every model which ran before, and every one wanted since, is in the slots."""
+        self.refresh()
+        self._settled = True
 
     def refresh(self) -> None:
         """Take over what the slots hold now."""

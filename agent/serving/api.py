@@ -82,7 +82,8 @@ class Api:
             respond(refuse(Refusal(500, "internal error, see the agent's log")))
 
     def ready(self) -> bool:
-        return not self.draining and all(served.ready for served in self._catalog.all())
+        settled = self._catalog.settled
+        return settled and not self.draining and all(served.ready for served in self._catalog.all())
 
     # which path
 
@@ -214,7 +215,10 @@ class Api:
         content: dict[str, object] = {"ready": ready}
         if not ready:
             waiting = ", ".join(served.name for served in self._catalog.all() if not served.ready)
-            content["error"] = "the server is stopping" if self.draining else f"not ready: {waiting}"
+            if self.draining:
+                content["error"] = "the server is stopping"
+            else:
+                content["error"] = f"not ready: {waiting}" if waiting else "models are being loaded"
         respond(answer(content, 200 if ready else 503))
 
     def _model_statistics(self, request: Request, respond: Respond, name: str, version: str) -> None:

@@ -32,6 +32,11 @@ class Served:
 class Catalog(Protocol):
     """Asked on each request, on the server's loop: must answer from memory."""
 
+    @property
+    def settled(self) -> bool:
+        """False while what ran before is still being loaded: a model not found may be one of those."""
+        ...
+
     def find(self, name: str, version: str = "") -> Served | None:
         """The model; without a version, the acting one."""
         ...

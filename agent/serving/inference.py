@@ -31,17 +31,19 @@ class Models:
         self._signatures: dict[tuple[str, str], Signature] = {}
 
     def find(self, name: str, version: str = "") -> Served:
-        """Raises Refusal (404)."""
+        """Raises Refusal: 404, or 503 while the models are still being loaded."""
         served = self.catalog.find(name, version)
         if served is not None:
             return served
+        if not self.catalog.settled:
+            raise Refusal(503, f"models are being loaded, '{name[:100]}' may be one of them", retry_after=1)
         acting = self.catalog.find(name) if version else None
         if acting is None:
             raise Refusal(404, f"unknown model '{name[:100]}'")
         raise Refusal(404, f"model '{name}' has no version '{version[:40]}' here, but {acting.version}")
 
     def ready(self, name: str, version: str = "") -> Signature:
-        """Raises Refusal: 404 when there is no such model, 503 when it is not ready."""
+        """Raises Refusal: see `find`, and 503 when the model is not ready."""
         served = self.catalog.find(name, version)
         if served is None:
             served = self.find(name, version)

@@ -78,6 +78,7 @@ class Models:
 
     def __init__(self) -> None:
         self.served: dict[str, Served] = {}
+        self.settled = True
 
     def find(self, name: str, version: str = "") -> Served | None:
         served = self.served.get(name)

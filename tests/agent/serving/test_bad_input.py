@@ -235,6 +235,16 @@ def test_a_model_that_is_not_ready_says_why(ask, models):
     assert body["error"] == "model 'm' version 3 is not ready: its worker crashes in a loop"
 
 
+def test_a_model_that_may_still_be_loaded_is_not_called_unknown(ask, models):
+    models.settled = False
+    assert ask("m", {"inputs": [tensor()]})[0] == 200
+    status, headers, body = ask("late", {"inputs": [tensor()]})
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert body["error"] == "models are being loaded, 'late' may be one of them"
+    models.settled = True
+    assert ask("late", {"inputs": [tensor()]})[0] == 404
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "retry"),
     [

@@ -56,6 +56,16 @@ def test_a_unix_socket_serves_its_group_only_and_goes_away(serve, socket_path):
     assert not socket_path.exists()
 
 
+def test_a_server_whose_models_are_still_being_loaded_is_live_but_not_ready(serve, models):
+    models.settled = False
+    address = serve().address
+    status, _, body = ask(address, "GET", "/v2/health/ready")
+    assert (status, json.loads(body)["error"]) == (503, "models are being loaded")
+    assert ask(address, "GET", "/v2/health/live")[0] == 200
+    models.settled = True
+    assert ask(address, "GET", "/v2/health/ready")[0] == 200
+
+
 @pytest.mark.parametrize("umask", [0, 0o077])
 def test_the_socket_is_never_wider_than_its_group(socket_path, monkeypatch, umask):
     seen = []
