@@ -1,11 +1,12 @@
-"""HTTP/1.1 on one connection: from bytes to requests, and answers back in the requests' order.
+"""HTTP/1.1 on one connection: requests to the handler, and answers back in the requests' order.
 
 A connection is always in one of these phases; `sweep` ends those that stay too long:
 
     IDLE       nothing received of a next request      idle_seconds
-    READING    a request has begun                     request_seconds
     ANSWERING  requests are with the handler           (the engine has its own deadline)
     LINGERING  refused, reading on so that the client sees why, then closed
+
+Besides, in each of them, a next request may be on its way: for `request_seconds` at most.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import asyncio
 import logging
 from collections import deque
 from enum import Enum
+from math import inf
 from typing import Any, cast
-
-import httptools
 
 from agent.serving.exchange import Exchange, Shared
 from agent.serving.messages import Request, Response, refuse
+from agent.serving.reader import RequestReader
 from agent.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -30,18 +31,18 @@ _JOINED_BYTES = 16 << 10
 
 class Phase(Enum):
     IDLE = 1
-    READING = 2
-    ANSWERING = 3
-    LINGERING = 4
+    ANSWERING = 2
+    LINGERING = 3
 
 
 class Connection(asyncio.Protocol):
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._settings = shared.settings
-        self._max_header_bytes = shared.settings.max_header_bytes
         self._transport: Any = None
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._reader = RequestReader(
+            shared.settings, shared.statistics, shared.clock, self._complete, self._continue
+        )
         self._phase = Phase.IDLE
         self._since = 0.0
         self._order: deque[Exchange] = deque()
@@ -52,18 +53,6 @@ class Connection(asyncio.Protocol):
         self._reading_paused = False
         self._closing = False
         self._ended = False
-        # of the request being read
-        self._method = b""
-        self._url = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._header_bytes = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._continue_due = False
-        self._progress = 0
-        self._overhead = 0
-        self._refusal: Refusal | None = None
-        self._upgrade_body = 0
 
     # the transport's calls
 
@@ -110,106 +99,25 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._upgrade_body:
-            data = self._read_upgrade_body(data)
-            if not data:
-                return
-        progress = self._progress
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
+            self._reader.feed(data)
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    # the reader's calls
+
+    def _complete(self, request: Request, keep_alive: bool, held: int) -> None:
+        if self._closing or (self._order and not self._order[-1].keep_alive):
+            # Behind a request that closes the connection nothing counts (RFC 9112, 9.6).
+            self._shared.statistics.held_bytes -= held
             return
-        except httptools.HttpParserError as error:
-            # A callback's refusal comes back as the parser's error.
-            self._refuse(self._refusal or Refusal(400, f"not HTTP/1.1: {error}"))
-            return
-        if self._phase is Phase.READING:
-            if self._progress != progress:
-                self._overhead = 0
-            else:
-                # Neither a header nor a part of the body was completed: one long header, trailer or chunk line.
-                self._overhead += len(data)
-                if self._overhead > self._settings.max_header_bytes:
-                    self._refuse(self._header_refusal())
-
-    # the parser's calls
-
-    def on_message_begin(self) -> None:
-        self._progress += 1
-        self._url = b""
-        self._headers = {}
-        self._header_bytes = 0
-        self._body = []
-        self._body_bytes = 0
-        self._phase = Phase.READING
-        self._since = self._shared.clock.monotonic()
-
-    def on_url(self, part: bytes) -> None:
-        self._url += part
-        self._header_bytes += len(part)
-        if self._header_bytes > self._max_header_bytes:
-            self._stop_parsing(self._header_refusal())
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._progress += 1
-        self._header_bytes += len(name) + len(value) + 4
-        if self._header_bytes > self._max_header_bytes:
-            self._stop_parsing(self._header_refusal())
-        name = name.lower()
-        headers = self._headers
-        headers[name] = value if name not in headers else headers[name] + b", " + value
-
-    def on_headers_complete(self) -> None:
-        headers = self._headers
-        if b"host" not in headers and self._parser.get_http_version() == "1.1":
-            self._stop_parsing(Refusal(400, "an HTTP/1.1 request must have a Host header"))
-        length = headers.get(b"content-length")
-        if length is not None and int(length) > self._settings.max_body_bytes:
-            self._stop_parsing(self._body_refusal(int(length)))
-        if b"expect" in headers:
-            if headers[b"expect"].lower() != b"100-continue":
-                self._stop_parsing(Refusal(417, "only 'Expect: 100-continue' is known"))
-            self._continue_due = True
-            self._continue()
-
-    def on_body(self, part: bytes) -> None:
-        self._progress += 1
-        self._continue_due = False
-        self._body.append(part)
-        self._body_bytes += len(part)
-        statistics = self._shared.statistics
-        statistics.held_bytes += len(part)
-        if self._body_bytes > self._settings.max_body_bytes:
-            self._stop_parsing(self._body_refusal(self._body_bytes))
-        if statistics.held_bytes > self._settings.max_held_bytes:
-            self._stop_parsing(Refusal(503, "too many large requests at once", retry_after=1))
-
-    def on_message_complete(self) -> None:
-        self._progress += 1
-        parser, headers = self._parser, self._headers
-        keep_alive = parser.should_keep_alive()
-        if parser.should_upgrade():
-            # The parser takes what follows for another protocol. Asking for one is an offer that a server
-            # may ignore, so what follows is this request's body, and then HTTP again.
-            if b"transfer-encoding" in headers:
-                self._stop_parsing(Refusal(400, "Upgrade with a chunked body is not supported"))
-            keep_alive = b"close" not in headers.get(b"connection", b"").lower()
-            self._upgrade_body = int(headers.get(b"content-length", 0))
-            if self._upgrade_body:
-                return
-        self._complete(parser.get_method(), keep_alive)
-
-    def _complete(self, method: bytes, keep_alive: bool) -> None:
-        body = self._body
-        content = body[0] if len(body) == 1 else b"".join(body)
-        held, self._body, self._body_bytes = self._body_bytes, [], 0
-        self._continue_due = False
-        headers = self._headers
-        bodiless = method == b"HEAD"
+        headers = request.headers
+        bodiless = request.method == b"HEAD"
+        if bodiless:
+            request.method = b"GET"
         exchange = Exchange(
             self,
-            Request(b"GET" if bodiless else method, self._url, headers, content),
+            request,
             keep_alive=keep_alive,
             bodiless=bodiless,
             says_keep_alive=b"connection" in headers and b"keep-alive" in headers[b"connection"].lower(),
@@ -222,26 +130,6 @@ class Connection(asyncio.Protocol):
             self._pause_reading()
         else:
             self._begin(exchange)
-
-    # upgrade offers
-
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        self._method = self._parser.get_method()
-        self._parser = httptools.HttpRequestParser(self)
-        if rest:
-            self.data_received(rest)
-
-    def _read_upgrade_body(self, data: bytes) -> bytes:
-        part = data[: self._upgrade_body]
-        self._upgrade_body -= len(part)
-        try:
-            self.on_body(part)
-        except _ParsingStopped:
-            self._refuse(self._refusal or Refusal(400, "not HTTP/1.1"))
-            return b""
-        if not self._upgrade_body:
-            self._complete(self._method, b"close" not in self._headers.get(b"connection", b"").lower())
-        return data[len(part) :]
 
     # answering
 
@@ -280,7 +168,7 @@ class Connection(asyncio.Protocol):
             self._reading_paused = False
             self._transport.resume_reading()
         if not self._order:
-            if self._continue_due:
+            if self._reader.continue_due:
                 self._continue()
             if self._phase is Phase.ANSWERING:
                 self._phase = Phase.IDLE
@@ -322,51 +210,33 @@ class Connection(asyncio.Protocol):
 
     def _continue(self) -> None:
         if not self._order:
-            self._continue_due = False
+            self._reader.continue_due = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # refusing
-
-    def _stop_parsing(self, refusal: Refusal) -> None:
-        self._refusal = refusal
-        raise _ParsingStopped
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer the request being read, after those before it, and read no more."""
         if self._closing:
             return
         self._closing = True
-        self._continue_due = False
-        self._forget_body()
+        self._reader.forget()
         self._phase = Phase.ANSWERING
         exchange = Exchange(self, None, keep_alive=False)
         self._busy += 1
         self._order.append(exchange)
         exchange.respond(refuse(refusal))
 
-    def _header_refusal(self) -> Refusal:
-        return Refusal(431, f"the request's headers are larger than {self._settings.max_header_bytes} bytes")
-
-    def _body_refusal(self, size: int) -> Refusal:
-        return Refusal(
-            413, f"the body has {size} bytes or more, at most {self._settings.max_body_bytes} are taken"
-        )
-
     def _forget(self) -> None:
         for exchange in self._waiting:
             self.release(exchange)
         self._waiting.clear()
         self._order.clear()
-        self._forget_body()
+        self._reader.forget()
 
     def release(self, exchange: Exchange) -> None:
         self._shared.statistics.held_bytes -= exchange.held
         exchange.held = 0
-
-    def _forget_body(self) -> None:
-        self._shared.statistics.held_bytes -= self._body_bytes
-        self._body = []
-        self._body_bytes = 0
 
     def _pause_reading(self) -> None:
         if not self._reading_paused and not self._transport.is_closing():
@@ -377,22 +247,19 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float) -> None:
         """End the connection when it has been too long in its phase."""
-        settings, waited = self._settings, now - self._since
+        settings, reader, waited = self._settings, self._reader, now - self._since
         paused = self._write_paused_since
         if paused is not None and now - paused > settings.write_seconds:
             self._shared.statistics.timeouts += 1
             self._transport.abort()
-        elif self._phase is Phase.IDLE and waited > settings.idle_seconds:
-            self._transport.close()
-        elif (
-            self._phase is Phase.READING
-            and waited > settings.request_seconds
-            and not self._closing
-            and not self._reading_paused
-        ):
+        elif reader.reading and not self._closing:
+            if now - reader.since <= settings.request_seconds or self._reading_paused:
+                return
             self._shared.statistics.timeouts += 1
             self._refuse(Refusal(408, f"the request was not complete within {settings.request_seconds:g} s"))
-        elif self._phase is Phase.LINGERING and waited > _LINGER_SECONDS:
+        elif waited > {Phase.IDLE: settings.idle_seconds, Phase.LINGERING: _LINGER_SECONDS}.get(
+            self._phase, inf
+        ):
             self._transport.close()
 
     def drain(self) -> None:
@@ -402,7 +269,3 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
-
-
-class _ParsingStopped(Exception):  # not an error: it unwinds the parser
-    """Ends a parser's run; the connection's `_refusal` says why."""

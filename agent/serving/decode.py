@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -37,8 +36,7 @@ class InferRequest(Struct, Generic[Data]):
     parameters: Parameters | None = None
 
 
-@dataclass(slots=True)
-class Parsed:
+class Parsed(Struct):
     """`wanted`: output name -> whether as binary data; None: every output, as JSON."""
 
     tensors: list[Tensor]

@@ -435,6 +435,80 @@ def test_how_the_bytes_are_cut_does_not_matter(requests, data):
     assert cut.over == whole.over
 
 
+REPEATED = [
+    post(b"one"),
+    post(b"two"),
+    post(b"\r\n\r"),
+    post(b"one", "/b"),
+    post(b"one", "/a", "X: 1"),
+    post(b"one", "/a", "X: 2"),
+    post(b"one") + b"\r\n",
+    b"\r\n" + post(b"one"),
+    post(b"one") + post(b"two"),
+    post(b"GET"),
+    post(b"\r\n\r\n"),
+    post(b"x" * 2000),
+    post(b"one", "/a", "Expect: 100-continue"),
+    post(b"one", "/a", "Connection: Upgrade", "Upgrade: h2c"),
+    CHUNKED,
+    b"HEAD /v2 HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"GET /v2 HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"GET /v2 HTTP/1.0\r\nHost: h\r\nConnection: keep-alive\r\n\r\n",
+    b"GET /v2 HTTP/1.0\r\nHost: h\r\n\r\n",
+    b"GET /v2 HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(REPEATED), st.integers(1, 3)), max_size=6))
+@settings(max_examples=500, deadline=None)
+def test_a_repeated_head_means_what_it_meant_before(requests):
+    """Each in one piece, so that repeated heads are recognised, against cut in two, so that none is."""
+    whole, cut = (Service(keep=True, max_body_bytes=1000) for _ in range(2))
+    piece, pieces = whole.connect(), cut.connect()
+    for request, times in requests:
+        for _ in range(times):
+            piece.receive(request)
+            pieces.receive(request[:20]).receive(request[20:])
+            for service in (whole, cut):
+                for got, respond in service.kept:
+                    respond(Response(200, [repr(got).encode()], JSON))
+                service.kept.clear()
+    assert piece.sent == pieces.sent
+    assert piece.over == pieces.over
+    assert whole.statistics.held_bytes == cut.statistics.held_bytes == 0
+
+
+def test_nothing_counts_behind_a_request_that_closes():
+    service = Service(keep=True)
+    close = post(b"one", "/a", "Connection: close")
+    wire = service.connect().receive(post(b"one")).receive(close)
+    assert len(service.kept) == 2
+    wire.receive(close).receive(post(b"one"))
+    assert len(service.kept) == 2
+    for request, respond in service.kept:
+        respond(echo(request))
+    assert statuses(wire) == [200, 200]
+    assert wire.over
+    assert service.statistics.held_bytes == 0
+
+
+def test_a_repeated_request_counts_towards_what_is_held_too():
+    service = Service(keep=True, max_held_bytes=25)
+    wires = [service.connect().receive(post(b"0123456789")) for _ in range(2)]
+    assert service.statistics.held_bytes == 20
+    for request, respond in service.kept[:2]:
+        respond(echo(request))
+    for wire in wires:
+        wire.receive(post(b"0123456789"))
+    late = service.connect()
+    late.receive(post(b"01234"))
+    assert not late.sent
+    wires[0].receive(post(b"0123456789"))
+    (request, respond) = service.kept[2]
+    respond(echo(request))
+    assert statuses(wires[0]) == [200, 200, 503]
+
+
 @given(
     st.one_of(
         st.lists(st.binary(max_size=80), max_size=8),
