@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from agent.runtime.port import Done, Tensor
 from agent.runtime.tensors import Shapes, batch_key
@@ -17,8 +18,7 @@ from agent.runtime.tensors import Shapes, batch_key
 MAX_ATTEMPTS = 2
 
 
-@dataclass(slots=True)
-class Pending:
+class Pending(Struct, eq=False):
     """A request. `rows` is its leading dimension, `arrived` in monotonic nanoseconds."""
 
     inputs: Sequence[Tensor]
@@ -29,14 +29,13 @@ class Pending:
     attempts: int = 0
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(Struct, eq=False):
     """Requests that run as one; `started` is when the worker began with it, None while it is only sent."""
 
     requests: list[Pending]
     sent: int
     started: int | None = None
-    rows: int = field(init=False)
+    rows: int = 0
 
     def __post_init__(self) -> None:
         self.rows = sum([request.rows for request in self.requests])

@@ -121,10 +121,8 @@ class Channel:
 
     def send_tensors(self, kind: Kind, slot: int, tensors: Sequence[Tensor]) -> None:
         total = sum([len(tensor.data) for tensor in tensors])
-        if total <= INLINE_BYTES:
-            payload = _encode([_Part(t.name, t.dtype, t.shape, t.data) for t in tensors])  # type: ignore[arg-type]  # bytes encode alike
-        else:
-            payload = self._share(slot, tensors)
+        # A tensor is the beginning of a _Part.
+        payload = _encode(tensors) if total <= INLINE_BYTES else self._share(slot, tensors)
         self._put(HEADER.pack(len(payload), kind, slot) + payload, None)
 
     def _share(self, slot: int, tensors: Sequence[Tensor]) -> bytes:

@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 #: While requests follow one another faster than this (mean, seconds), the worker waits for the next one
 #: awake: to be woken costs the agent and the request more than the work itself. Rarer requests find it
 #: asleep, so that an idle model costs nothing.
-_POLL_BELOW, _POLL = 300e-6, 300e-6
+_POLL_BELOW, _POLL = 600e-6, 600e-6
 
 
 class Load(msgspec.Struct, array_like=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -52,8 +51,7 @@ class Overloaded(EdgewardError):
         self.retry_after = retry_after
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(Struct, frozen=True):
     """Of one request, in nanoseconds: waiting for its turn, and in the runtime (with the batch it was part of)."""
 
     queue_ns: int

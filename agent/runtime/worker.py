@@ -34,7 +34,7 @@ _TICK = 0.5
 _SEND_AHEAD_NS = 1_000_000
 #: Below this mean time of a batch the loop waits for a lone request's answer by polling: to be woken up
 #: by the kernel costs as much again. Never longer than this, and not while requests come in company.
-_POLL_NS = 100_000
+_POLL_NS = 250_000
 _ALONE = 1.2  # mean requests per batch
 
 
@@ -95,6 +95,7 @@ class Worker:
         self._company = 1.0
         self._stopped = False
         self._recycling = False
+        self._pump_due = False
         self._loading: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._delay: asyncio.TimerHandle | None = None
@@ -140,10 +141,15 @@ class Worker:
         if self._stopped:
             raise WorkerStopped(f"model {self._name} has been replaced")
         if self._backlog.full:
+            self._pump()
+        if self._backlog.full:
             seconds = len(self._backlog) * max(self._mean_ns, 1e6) / 1e9 / self._policy.concurrency
             raise Overloaded(f"model {self._name}: {len(self._backlog)} requests wait already", seconds)
         self._backlog.add(inputs, done, self._clock.monotonic_ns())
-        self._pump()
+        if not self._pump_due:
+            # Not yet: the loop may be about to read more requests, which can join this one.
+            self._pump_due = True
+            self._loop.call_soon(self._pump_now)
 
     def stop(self) -> None:
         """Answer what has been submitted, refuse what comes later, and end the process."""
@@ -259,6 +265,10 @@ class Worker:
             loading.set_result(None)
 
     # sending
+
+    def _pump_now(self) -> None:
+        self._pump_due = False
+        self._pump()
 
     def _pump(self) -> None:
         process = self._process
