@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,11 +66,13 @@ class Transport:
         self.base_url = base_url.rstrip("/")
         self._credential = credential
         self._credential_source = credential_source
-        self._client = httpx.Client(
-            base_url=self.base_url,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            verify=str(ca_file) if ca_file else True,
-            trust_env=False,
+        self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        self._verify: str | bool = str(ca_file) if ca_file else True
+        self._client = self._new_client()
+
+    def _new_client(self, **more: Any) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.base_url, timeout=self._timeout, verify=self._verify, trust_env=False, **more
         )
 
     def close(self) -> None:
@@ -124,11 +127,29 @@ class Transport:
         return error
 
     @contextmanager
-    def stream(self, path: str, *, headers: dict[str, str] | None = None) -> Iterator[httpx.Response]:
-        """A GET whose body is read piece by piece by the caller."""
+    def stream(
+        self,
+        path: str,
+        *,
+        headers: dict[str, str] | None = None,
+        connected: Callable[[socket.socket], None] = lambda connection: None,
+    ) -> Iterator[httpx.Response]:
+        """A GET whose body is read piece by piece by the caller, on a connection of its own.
+
+        `connected` is given the connection as soon as there is one: a time-out is for one read each, so
+        who wants to bound the whole must be able to end it.
+        """
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                connected(info["return_value"].get_extra_info("socket"))
+
         with (
             self._translated(path),
-            self._client.stream("GET", path, headers=self._headers(headers)) as response,
+            self._new_client(limits=httpx.Limits(max_keepalive_connections=0)) as client,
+            client.stream(
+                "GET", path, headers=self._headers(headers), extensions={"trace": trace}
+            ) as response,
         ):
             if response.status_code >= 400:
                 response.read()
