@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from agent import measure, selftest
+from agent import measure, prepare, selftest
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.providers import Plan, Rules, Verdict
@@ -111,21 +111,28 @@ class Activation:
         self._setup = setup or Setup()
 
     def fetch(self, manifest: Manifest, policy: SlotPolicy) -> None:
-        """Get the blobs of every variant that may be chosen. Raises Refused when none can run here."""
+        """Get the blobs that are needed to choose. Raises Refused when no variant can run here."""
         candidates = self._candidates(manifest, policy)
         if not eligible(candidates, policy):
             raise self._refused(manifest, choose(candidates, policy), {})
-        names = {candidate.name for candidate in eligible(candidates, policy)}
-        for variant in manifest.variants:
-            if variant.name in names:
-                self._verifier.fetch_blobs(manifest, variant)
+        for variant in self._needed(manifest, policy):
+            self._verifier.fetch_blobs(manifest, variant)
 
     def verify(self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy) -> None:
         """Hash and check what `fetch` got. Raises DigestMismatch, PackageError."""
-        names = {candidate.name for candidate in eligible(self._candidates(manifest, policy), policy)}
-        for variant in manifest.variants:
-            if variant.name in names:
-                self._verifier.open(ref, manifest, variant)
+        for variant in self._needed(manifest, policy):
+            self._verifier.open(ref, manifest, variant)
+
+    def _needed(self, manifest: Manifest, policy: SlotPolicy) -> list[Variant]:
+        """The variants to be measured; when enough was measured before, the one that will be chosen."""
+        candidates = self._candidates(manifest, policy)
+        for index, variant in enumerate(manifest.variants):
+            asked = self._wanted(variant, policy)
+            found = self._state.measurement(self._key(variant, policy, asked)) if asked.attempts else None
+            if found is not None and not self._setup.rules.judge(asked, found.provider, policy).fault:
+                candidates[index] = _with_figures(candidates[index], found)
+        names = to_measure(candidates, policy) or [choose(candidates, policy).chosen]
+        return [variant for variant in manifest.variants if variant.name in names]
 
     def open(
         self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy, going_on: Callable[[], None]
@@ -174,6 +181,11 @@ class Activation:
         runner, condition = self._open(package, record.policy, record.batchable and bool(named))
         return Opened(package, runner, record.batchable and bool(named), condition, tuple(record.variants))
 
+    def drop_losers(self, manifest: Manifest, keep: Iterable[str]) -> None:
+        """Remove the variants' blobs that are not in `keep`; the manifest says what they were, should one be
+        wanted again."""
+        self._verifier.drop({variant.blob.digest for variant in manifest.variants}.difference(keep))
+
     def sweep(self, keep: Iterable[str]) -> None:
         """Remove the compiled forms of every blob that is not in `keep`."""
         folder = self._setup.compiled
@@ -217,8 +229,7 @@ class Activation:
     ) -> Candidate:
         """The candidate with its figures, or with the reason why it does not run here."""
         asked = self._wanted(variant, policy)
-        runtime = self._runtimes[variant.runtime]
-        key = measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked.attempts)
+        key = self._key(variant, policy, asked)
         found = self._state.measurement(key)
         try:
             if found is None:
@@ -228,13 +239,11 @@ class Activation:
         except RuntimeFault as error:
             log.warning("%s:%s %s does not run here: %s", ref.model, ref.version, variant.name, error)
             return _fault(candidate, error, faults)
-        return replace(
-            candidate,
-            provider=found.provider,
-            p50_ms=found.p50_ms,
-            p95_ms=found.p95_ms,
-            memory_bytes=found.memory_bytes,
-        )
+        return _with_figures(candidate, found)
+
+    def _key(self, variant: Variant, policy: SlotPolicy, asked: Plan) -> str:
+        runtime = self._runtimes.get(variant.runtime, "")
+        return measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked.attempts)
 
     def _measure(
         self,
@@ -247,6 +256,7 @@ class Activation:
     ) -> Measurement:
         self._verifier.fetch_blobs(manifest, variant)
         package = self._verifier.open(ref, manifest, variant)
+        self._build(package, policy, asked)
         golden = selftest.golden_inputs(package.golden)
         trial = measure.trial_policy(policy)
         name = f"{ref.model}:{ref.version} {variant.name}"
@@ -267,6 +277,7 @@ class Activation:
         """The chosen variant under the slot's own policy. Raises Refused, RuntimeFault."""
         self._verifier.fetch_blobs(manifest, variant)
         package = self._verifier.open(ref, manifest, variant)
+        self._build(package, policy, self._wanted(variant, policy))
         inputs = selftest.golden_inputs(package.golden)
         tolerance = (manifest.golden.atol, manifest.golden.rtol)
         batchable = free_rows(variant)
@@ -291,6 +302,21 @@ class Activation:
             runner.stop()
             raise
         return Opened(package, runner, batchable, condition, choice.table, verdict.measured, verdict.limit)
+
+    def _build(self, package: VerifiedPackage, policy: SlotPolicy, asked: Plan) -> None:
+        """Compile in a worker that is thrown away; the forms that it leaves are found again. Raises RuntimeFault."""
+        if self._setup.compiled is None or not prepare.compiles(asked.attempts):
+            return
+        variant, ref = package.variant, package.ref
+        name = f"{ref.model}:{ref.version} {variant.name} compiles"
+        options = self._options(variant, policy, asked)
+        runner = self._engine.open(
+            variant.runtime, package.content, name, prepare.build_policy(policy), options
+        )
+        try:
+            prepare.build(runner, selftest.golden_inputs(package.golden), policy.max_batch)
+        finally:
+            runner.stop()
 
     def _open(
         self, package: VerifiedPackage, policy: SlotPolicy, batchable: bool
@@ -348,6 +374,16 @@ class Activation:
             lasting=lasting,
             table=choice.table,
         )
+
+
+def _with_figures(candidate: Candidate, found: Measurement) -> Candidate:
+    return replace(
+        candidate,
+        provider=found.provider,
+        p50_ms=found.p50_ms,
+        p95_ms=found.p95_ms,
+        memory_bytes=found.memory_bytes,
+    )
 
 
 def _fault(candidate: Candidate, error: RuntimeFault, faults: dict[str, RuntimeFault]) -> Candidate:

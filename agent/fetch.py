@@ -44,6 +44,12 @@ class BlobStore:
             raise DigestMismatch(f"blob {digest[:16]} on disk is damaged; it was removed")
         return content
 
+    def drop(self, digest: str) -> None:
+        """Remove it, and what has arrived of it."""
+        path = self.path(digest)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".part").unlink(missing_ok=True)
+
     def fetch(self, transport: Transport, digest: str, size: int, clock: Clock) -> Path:
         """Download `/artifacts/{digest}` of exactly `size` bytes, going on where an earlier try stopped.
 

@@ -281,6 +281,7 @@ class Slots:
         walk.tell()
         if old is not None:
             old.runner.stop()
+        self._activation.drop_losers(opened.package.manifest, self._kept())
         self._sweep()
 
     def _refuse(self, walk: _Walk, refusal: Refused) -> None:
@@ -310,8 +311,10 @@ class Slots:
 
     def _sweep(self) -> None:
         """Compiled forms stay with the blobs that a slot runs or may go back to."""
-        records = self._records.values()
-        self._activation.sweep(blob for record in records for blob in (record.blob, record.previous_blob))
+        self._activation.sweep(self._kept())
+
+    def _kept(self) -> set[str]:
+        return {blob for record in self._records.values() for blob in (record.blob, record.previous_blob)}
 
 
 def _runner_name(ref: ModelRef) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,7 @@ class Releaser:
         self.blobs: dict[str, bytes] = {}
         self.golden: dict[str, GoldenVectors] = {}
         self.fetched: list[str] = []
+        self.dropped: set[str] = set()
         self.offline = False
 
     def release(
@@ -150,8 +151,13 @@ class Releaser:
         if self.offline:
             raise Unavailable("no network")
         self.fetched.append(variant.name)
+        self.dropped.discard(variant.blob.digest)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        self.dropped |= set(digests)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
+        assert variant.blob.digest not in self.dropped, "it is not on the disk any more"
         content = self.blobs[variant.blob.digest]
         if sha256_hex(content) != variant.blob.digest:
             raise DigestMismatch("damaged")

@@ -229,10 +229,12 @@ def test_what_was_measured_is_kept_for_the_same_circumstances(
     slots = open_slots()
     wish(slots, ref)
     first = settled(slots, until)
+    releaser.fetched.clear()
     wish(slots, ref, max_latency_ms=1000.0)
     until(lambda: slots.active("default").policy.max_latency_ms == 1000.0)
     assert report(slots).variants == first.variants
     assert engine.names == ["m:1 slow", "m:1 fast", "m:1", "m:1"]
+    assert set(releaser.fetched) == {"fast"}, "what is known to lose is not downloaded again"
     wish(slots, ref, threads=2)
     until(lambda: slots.active("default").policy.threads == 2)
     assert engine.names[4:] == ["m:1 slow", "m:1 fast", "m:1"]
@@ -341,6 +343,46 @@ def test_the_provider_really_used_can_refuse_a_model_or_be_told(
     (condition,) = slots.conditions()
     assert condition.type == "ProviderFallback" and condition.message == "slot default: runs on the CPU"
     assert condition.last_transition_time > 0
+
+
+def test_blobs_of_variants_that_lost_are_removed_unless_a_slot_needs_them(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.8))
+    slow, fast = (variant.blob.digest for variant in releaser.manifests[ref.digest].variants)
+    exact = SlotTarget(ref, policy=SlotPolicy())
+    slots.wish({"exact": exact})
+    until(lambda: slots.active("exact"))
+    assert until(lambda: releaser.dropped) == {fast} - {slow}
+    slots.wish({"exact": exact, "quick": SlotTarget(ref, policy=SlotPolicy(quality_tolerance=0.5))})
+    until(lambda: slots.active("quick"))
+    assert slots.active("quick").package.variant.name == "fast"
+    slots.wish({"exact": SlotTarget(ref, policy=SlotPolicy(threads=2))})
+    until(lambda: slots.active("exact").policy.threads == 2)
+    slots.stop()
+    assert releaser.dropped == set(), "each slot's blob is needed"
+
+
+def test_what_an_accelerator_compiles_is_built_before_the_model_may_serve(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    class TensorRT(Rules):
+        def plan(self, runtime: Any, available: Any, variant: Any, policy: SlotPolicy) -> Plan:
+            return Plan(("TensorrtExecutionProvider", "CPUExecutionProvider"))
+
+        def judge(self, plan: Plan, used: str, policy: SlotPolicy) -> Verdict:
+            return Verdict()
+
+    slots = open_slots(how=replace(setup, rules=TensorRT()))
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref, deadline=1.0)
+    assert settled(slots, until).running == ref
+    assert engine.names == ["m:1 only compiles", "m:1"]
+    (_, building, first, _), (_, serving, second, _) = engine.opened
+    assert building.deadline > 60.0 and serving.deadline == 1.0
+    assert first.compiled == second.compiled != ""
+    assert workers(engine) == {slots.active("default").runner.pid}
 
 
 def test_compiled_forms_stay_with_the_blobs_that_a_slot_may_need(
