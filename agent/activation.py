@@ -183,8 +183,11 @@ class Activation:
 
     def drop_losers(self, manifest: Manifest, keep: Iterable[str]) -> None:
         """Remove the variants' blobs that are not in `keep`; the manifest says what they were, should one be
-        wanted again."""
-        self._verifier.drop({variant.blob.digest for variant in manifest.variants}.difference(keep))
+        wanted again. One that cannot be removed costs its room only."""
+        try:
+            self._verifier.drop({variant.blob.digest for variant in manifest.variants}.difference(keep))
+        except OSError as error:
+            log.warning("%s:%d: blobs stay on the disk: %s", manifest.model, manifest.version, error)
 
     def sweep(self, keep: Iterable[str]) -> None:
         """Remove the compiled forms of every blob that is not in `keep`."""
@@ -192,9 +195,12 @@ class Activation:
         if folder is None or not folder.is_dir():
             return
         wanted = set(keep)
-        for entry in folder.iterdir():
-            if entry.name not in wanted:
-                shutil.rmtree(entry, ignore_errors=True)
+        try:
+            for entry in list(folder.iterdir()):
+                if entry.name not in wanted:
+                    shutil.rmtree(entry, ignore_errors=True)
+        except OSError as error:
+            log.warning("compiled forms stay on the disk: %s", error)
 
     # parts
 

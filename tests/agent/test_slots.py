@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -362,6 +363,85 @@ def test_blobs_of_variants_that_lost_are_removed_unless_a_slot_needs_them(
     until(lambda: slots.active("exact").policy.threads == 2)
     slots.stop()
     assert releaser.dropped == set(), "each slot's blob is needed"
+
+
+def test_a_disk_that_gives_errors_costs_neither_the_running_model_nor_the_next_wish(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(State):
+        full = False
+
+        def set_slot(self, name: str, record: SlotRecord) -> None:
+            if self.full:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().set_slot(name, record)
+
+        def quarantine(self, digest: str, reason: str, at: float) -> None:
+            if self.full:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().quarantine(digest, reason, at)
+
+    def worn(digests: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(releaser, "drop", worn)
+    state = Full(tmp_path / "full.db")
+    slots = open_slots(state=state)
+    one = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    wish(slots, one)
+    assert settled(slots, until).running == one
+    state.full = True
+    for bad in (
+        releaser.release(2, ("only", models["fast"])),
+        releaser.release(3, ("only", models["fast"]), outputs=ROWS * 3),
+    ):
+        wish(slots, bad)
+        got = until(lambda: (now := report(slots)).reason == "OperationalError" and now)
+        assert (got.phase, got.running, got.target) == (Phase.PENDING, one, bad) and doubles(slots)
+    state.full = False
+    last = releaser.release(4, ("only", models["fast"]))
+    wish(slots, last)
+    until(lambda: report(slots).running == last)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_blobs_that_no_record_names_but_a_slot_needs_are_not_removed(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path, gone: bool
+) -> None:
+    ref = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.8))
+    state = State(tmp_path / "state.db")
+    if gone:  # the runtime of the variant that it had: it runs the next best
+        state.set_slot("old", SlotRecord(running=ref, variant="gone", blob="9" * 64))
+    else:  # an older agent did not write down which variant it was
+        state.set_slot("old", SlotRecord(running=None, previous=ref))
+    slots = open_slots(state=state)
+    quick = SlotPolicy(quality_tolerance=0.5)
+    slots.wish({"quick": SlotTarget(ref, policy=quick)})
+    until(lambda: slots.active("quick"))
+    slots.stop()
+    assert releaser.dropped == set()
+
+
+def test_a_blob_that_is_something_else_to_another_slot_is_not_removed(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    """A package may name any digest as a variant of little quality."""
+    slots = open_slots()
+    one = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.1))
+    slots.wish({"one": SlotTarget(one)})
+    until(lambda: slots.active("one"))
+    two = releaser.release(2, ("fast", models["fast"], 0.9), ("odd", models["slow"], 0.1))
+    manifest = releaser.manifests[two.digest]
+    golden, odd = manifest.golden.blob, manifest.variants[1]
+    manifest.variants.extend(
+        msgspec.structs.replace(odd, name=name, blob=msgspec.structs.replace(odd.blob, digest=digest))
+        for name, digest in (("golden", golden.digest), ("manifest", one.digest), ("lost", "9" * 64))
+    )
+    slots.wish({"one": SlotTarget(one), "two": SlotTarget(two)})
+    until(lambda: slots.active("two"))
+    until(lambda: "9" * 64 in releaser.dropped)
+    slots.stop()
+    assert releaser.dropped == {"9" * 64}
 
 
 def test_what_an_accelerator_compiles_is_built_before_the_model_may_serve(
