@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
 
 from agent import measure, selftest
 from agent.runtime.compiled import INTO_FOLDER, INTO_MODEL
+from agent.runtime.engine import Engine
 from agent.runtime.port import Arrays, Runner
+from agent.runtime.tensors import to_tensors
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
-#: For one run of a model that is compiled meanwhile.
+#: For loading a model, and for one run of it, that is compiled meanwhile.
 SECONDS = 900.0
 
 
@@ -31,28 +33,36 @@ def build_policy(policy: SlotPolicy) -> SlotPolicy:
     return msgspec.structs.replace(measure.trial_policy(policy), deadline=max(policy.deadline, SECONDS))
 
 
-def build(runner: Runner, golden: Arrays, max_batch: int) -> None:
-    """Run every number of rows that will come: engines are made for the range of shapes they have seen.
+def build(
+    engine: Engine, runner: Runner, golden: Arrays, max_batch: int, going_on: Callable[[], None]
+) -> bool:
+    """Run the numbers of rows that will come: engines are made for the range of shapes they have seen.
 
-    Raises RuntimeFault. That `max_batch` rows are too many for the accelerator costs later only that requests
-    which were joined run one by one.
+    False when `max_batch` rows are too many for the accelerator: what this runner compiles after that is not
+    to be relied on. Raises RuntimeFault, and what `going_on` raises.
     """
-    *needed, most = shapes(golden, runner.inputs, max_batch)
-    for inputs in needed:
-        runner.infer(inputs)
-    try:
-        runner.infer(most)
-    except RuntimeFault as fault:
-        if not needed:
-            raise
-        log.warning("%d rows at once: %s", max_batch, fault)
+    rows = selftest.rows_of(golden)
+    for inputs in shapes(golden, runner.inputs, max_batch):
+        try:
+            measure.once(engine, runner, to_tensors(inputs), going_on)
+        except RuntimeFault as fault:
+            going_on()
+            found = selftest.rows_of(inputs)
+            if rows is None or found is None or found <= rows:
+                raise
+            log.warning("%d rows at once: %s", found, fault)
+            return False
+    return True
 
 
 def shapes(golden: Arrays, specs: Sequence[TensorSpec], max_batch: int) -> Iterator[Arrays]:
-    """One row, the golden rows, `max_batch` rows; the golden inputs only where rows are not free."""
+    """One row, `max_batch` rows, the golden rows; the golden inputs only where rows are not free.
+
+    In this order a range is widened once: the golden rows lie between the others.
+    """
     rows = selftest.rows_of(golden)
     if rows is None or not all(spec.shape and spec.shape[0] == -1 for spec in specs):
         yield golden
         return
-    for count in sorted({1, rows, max(max_batch, rows)}):
+    for count in dict.fromkeys((1, max(max_batch, rows), rows)):
         yield {name: np.resize(values, (count, *values.shape[1:])) for name, values in golden.items()}

@@ -94,6 +94,9 @@ class Slots:
                     continue
                 self._active[name] = self._made(opened, record.policy)
                 self._tables[name] = opened.table
+        for model in self._active.values():
+            # What the last run was killed before it could remove.
+            self._drop_losers(model.package)
         self._sweep()
         self._thread.start()
 

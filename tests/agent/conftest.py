@@ -81,6 +81,27 @@ def slow_doubler(width: int = 1500) -> bytes:
     return _finish(nodes)
 
 
+def narrow(rows: int = 16) -> bytes:
+    """`y = 2 x`, of so many rows at most."""
+    most = helper.make_tensor("most_v", TensorProto.FLOAT, [rows, 1], [0.0] * rows)
+    numbers = [
+        (name, helper.make_tensor(f"{name}_v", TensorProto.INT64, [], [at]))
+        for name, at in (("o", 0), ("i", 1))
+    ]
+    return _finish(
+        [
+            helper.make_node("Constant", [], ["most"], value=most),
+            *(helper.make_node("Constant", [], [name], value=value) for name, value in numbers),
+            helper.make_node("Shape", ["x"], ["shape"]),
+            helper.make_node("Gather", ["shape", "o"], ["n"]),
+            helper.make_node("Range", ["o", "n", "i"], ["rows"]),
+            helper.make_node("Gather", ["most", "rows"], ["nothing"]),
+            helper.make_node("Add", ["x", "x"], ["twice"]),
+            helper.make_node("Add", ["twice", "nothing"], ["y"]),
+        ]
+    )
+
+
 def centred() -> bytes:
     """`y = x - mean of the rows`: what a row gives depends on the others."""
     return _finish(
@@ -198,7 +219,7 @@ def engine() -> Iterator[Watched]:
 
 @pytest.fixture
 def models() -> dict[str, bytes]:
-    return {"fast": doubler(), "slow": slow_doubler(), "centred": centred()}
+    return {"fast": doubler(), "slow": slow_doubler(), "centred": centred(), "narrow": narrow()}
 
 
 @pytest.fixture
