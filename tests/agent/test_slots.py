@@ -568,6 +568,20 @@ def test_an_agent_that_stops_or_another_wish_does_not_wait_for_a_build_nor_blame
     assert [build.stopped for build in builds] == [[True], [True]]
 
 
+def test_a_worker_that_ends_because_the_agent_does_says_nothing_of_its_model(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: Any, **more: Any) -> Any:
+        slots._stop = True
+        raise RuntimeFault("its worker is gone")
+
+    monkeypatch.setattr(engine, "open", opened)
+    slots = open_slots()
+    wish(slots, releaser.release(1, ("only", models["fast"])))
+    until(lambda: not slots._thread.is_alive())
+    assert slots._state.quarantined() == []
+
+
 def test_neither_a_full_disk_nor_a_failing_build_keeps_a_model_from_running_again(
     open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
