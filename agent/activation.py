@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from agent import measure, selftest
+from agent import measure, prepare, selftest
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.providers import Plan, Rules, Verdict
@@ -91,6 +91,26 @@ class _ProviderFault(RuntimeFault):
     """The runtime does not use the provider that the policy wants."""
 
 
+@dataclass
+class _Attempt:
+    """To open one model under one policy. `joined` are the variants that were compiled ahead, and whether they
+    take `max_batch` rows; `faults` says why some do not run here."""
+
+    ref: ModelRef
+    manifest: Manifest
+    policy: SlotPolicy
+    going_on: Callable[[], None]
+    joined: dict[str, bool] = field(default_factory=dict)
+    faults: dict[str, RuntimeFault] = field(default_factory=dict)
+
+    def fault(self, candidate: Candidate, error: RuntimeFault) -> Candidate:
+        """The candidate with what keeps it from running. Raises what `going_on` raises: a worker that ends
+        because the agent does says nothing of its model."""
+        self.going_on()
+        self.faults[candidate.name] = error
+        return replace(candidate, fault=str(error))
+
+
 class Activation:
     """One model at a time; from the slots' thread only."""
 
@@ -111,21 +131,31 @@ class Activation:
         self._setup = setup or Setup()
 
     def fetch(self, manifest: Manifest, policy: SlotPolicy) -> None:
-        """Get the blobs of every variant that may be chosen. Raises Refused when none can run here."""
+        """Get the blobs that are needed to choose. Raises Refused when no variant can run here."""
         candidates = self._candidates(manifest, policy)
         if not eligible(candidates, policy):
             raise self._refused(manifest, choose(candidates, policy), {})
-        names = {candidate.name for candidate in eligible(candidates, policy)}
-        for variant in manifest.variants:
-            if variant.name in names:
-                self._verifier.fetch_blobs(manifest, variant)
+        for variant in self._needed(manifest, policy):
+            self._verifier.fetch_blobs(manifest, variant)
 
     def verify(self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy) -> None:
         """Hash and check what `fetch` got. Raises DigestMismatch, PackageError."""
-        names = {candidate.name for candidate in eligible(self._candidates(manifest, policy), policy)}
-        for variant in manifest.variants:
-            if variant.name in names:
-                self._verifier.open(ref, manifest, variant)
+        for variant in self._needed(manifest, policy):
+            self._verifier.open(ref, manifest, variant)
+
+    def _needed(self, manifest: Manifest, policy: SlotPolicy) -> list[Variant]:
+        """The variants to be measured; when enough was measured before, the one that will be chosen."""
+        candidates = self._candidates(manifest, policy)
+        for index, variant in enumerate(manifest.variants):
+            asked = self._wanted(variant, policy)
+            found = self._state.measurement(self._key(variant, policy, asked)) if asked.attempts else None
+            if found is not None:
+                known = _with_figures(candidates[index], found)
+                candidates[index] = replace(
+                    known, fault=self._setup.rules.judge(asked, found.provider, policy).fault
+                )
+        names = to_measure(candidates, policy) or [choose(candidates, policy).chosen]
+        return [variant for variant in manifest.variants if variant.name in names]
 
     def open(
         self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy, going_on: Callable[[], None]
@@ -135,27 +165,24 @@ class Activation:
         `going_on` may raise to stop at any step. A variant that does not run gives way to the next best.
         Raises Refused, DigestMismatch, PackageError, Unavailable.
         """
+        attempt = _Attempt(ref, manifest, policy, going_on)
         candidates = self._candidates(manifest, policy)
         variants = {variant.name: variant for variant in manifest.variants}
-        faults: dict[str, RuntimeFault] = {}
         while True:
             while names := to_measure(candidates, policy):
                 for index, candidate in enumerate(candidates):
                     if candidate.name in names:
                         going_on()
-                        variant = variants[candidate.name]
-                        candidates[index] = self._measured(
-                            ref, manifest, variant, candidate, policy, faults, going_on
-                        )
+                        candidates[index] = self._measured(attempt, variants[candidate.name], candidate)
             choice = choose(candidates, policy)
             if not choice.chosen:
-                raise self._refused(manifest, choice, faults)
+                raise self._refused(manifest, choice, attempt.faults)
             going_on()
             try:
-                opened = self._test(ref, manifest, variants[choice.chosen], policy, choice)
+                opened = self._test(attempt, variants[choice.chosen], choice)
             except RuntimeFault as error:
                 index = next(at for at, item in enumerate(candidates) if item.name == choice.chosen)
-                candidates[index] = _fault(candidates[index], error, faults)
+                candidates[index] = attempt.fault(candidates[index], error)
                 continue
             return opened
 
@@ -171,8 +198,23 @@ class Activation:
         if variant is None:
             raise PackageError(f"{ref.model}:{ref.version}: no variant's runtime is installed any more")
         package = self._verifier.open(ref, manifest, variant)
-        runner, condition = self._open(package, record.policy, record.batchable and bool(named))
-        return Opened(package, runner, record.batchable and bool(named), condition, tuple(record.variants))
+        batchable = record.batchable and bool(named)
+        try:
+            # What was compiled may be damaged, or of a runtime that has been replaced since: it must not be
+            # compiled in the slot's deadline, by the first request.
+            batchable = self._build(package, record.policy, lambda: None) and batchable
+        except RuntimeFault as error:
+            log.warning("%s:%s: not compiled ahead: %s", *_name(ref), error)
+        runner, condition = self._open(package, record.policy, batchable)
+        return Opened(package, runner, batchable, condition, tuple(record.variants))
+
+    def drop_losers(self, manifest: Manifest, keep: Iterable[str]) -> None:
+        """Remove the variants' blobs that are not in `keep`; the manifest says what they were, should one be
+        wanted again. One that cannot be removed costs its room only."""
+        try:
+            self._verifier.drop({variant.blob.digest for variant in manifest.variants}.difference(keep))
+        except OSError as error:
+            log.warning("%s:%d: blobs stay on the disk: %s", manifest.model, manifest.version, error)
 
     def sweep(self, keep: Iterable[str]) -> None:
         """Remove the compiled forms of every blob that is not in `keep`."""
@@ -180,9 +222,12 @@ class Activation:
         if folder is None or not folder.is_dir():
             return
         wanted = set(keep)
-        for entry in folder.iterdir():
-            if entry.name not in wanted:
-                shutil.rmtree(entry, ignore_errors=True)
+        try:
+            for entry in list(folder.iterdir()):
+                if entry.name not in wanted:
+                    shutil.rmtree(entry, ignore_errors=True)
+        except OSError as error:
+            log.warning("compiled forms stay on the disk: %s", error)
 
     # parts
 
@@ -205,48 +250,31 @@ class Activation:
         asked = ", ".join(policy.providers or variant.providers)
         return f"it is meant for {asked}; this device has {', '.join(self._setup.available) or 'only its processor'}"
 
-    def _measured(
-        self,
-        ref: ModelRef,
-        manifest: Manifest,
-        variant: Variant,
-        candidate: Candidate,
-        policy: SlotPolicy,
-        faults: dict[str, RuntimeFault],
-        going_on: Callable[[], None],
-    ) -> Candidate:
+    def _measured(self, attempt: _Attempt, variant: Variant, candidate: Candidate) -> Candidate:
         """The candidate with its figures, or with the reason why it does not run here."""
+        ref, policy = attempt.ref, attempt.policy
         asked = self._wanted(variant, policy)
-        runtime = self._runtimes[variant.runtime]
-        key = measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked.attempts)
+        key = self._key(variant, policy, asked)
         found = self._state.measurement(key)
         try:
             if found is None:
-                found = self._measure(ref, manifest, variant, policy, asked, going_on)
+                found = self._measure(attempt, variant, asked)
                 self._state.set_measurement(key, found, self._clock.now())
             self._judge(asked, found.provider, policy)
         except RuntimeFault as error:
             log.warning("%s:%s %s does not run here: %s", ref.model, ref.version, variant.name, error)
-            return _fault(candidate, error, faults)
-        return replace(
-            candidate,
-            provider=found.provider,
-            p50_ms=found.p50_ms,
-            p95_ms=found.p95_ms,
-            memory_bytes=found.memory_bytes,
-        )
+            return attempt.fault(candidate, error)
+        return _with_figures(candidate, found)
 
-    def _measure(
-        self,
-        ref: ModelRef,
-        manifest: Manifest,
-        variant: Variant,
-        policy: SlotPolicy,
-        asked: Plan,
-        going_on: Callable[[], None],
-    ) -> Measurement:
-        self._verifier.fetch_blobs(manifest, variant)
-        package = self._verifier.open(ref, manifest, variant)
+    def _key(self, variant: Variant, policy: SlotPolicy, asked: Plan) -> str:
+        runtime = self._runtimes.get(variant.runtime, "")
+        return measure.key(variant.blob.digest, self._setup.machine, runtime, policy, asked.attempts)
+
+    def _measure(self, attempt: _Attempt, variant: Variant, asked: Plan) -> Measurement:
+        ref, policy, going_on = attempt.ref, attempt.policy, attempt.going_on
+        self._verifier.fetch_blobs(attempt.manifest, variant)
+        package = self._verifier.open(ref, attempt.manifest, variant)
+        attempt.joined[variant.name] = self._build(package, policy, going_on)
         golden = selftest.golden_inputs(package.golden)
         trial = measure.trial_policy(policy)
         name = f"{ref.model}:{ref.version} {variant.name}"
@@ -259,17 +287,18 @@ class Activation:
                 self._engine, runner, golden, limit, self._clock, going_on, self._setup.seconds
             )
         finally:
-            runner.stop()
+            runner.stop(at_once=True)
 
-    def _test(
-        self, ref: ModelRef, manifest: Manifest, variant: Variant, policy: SlotPolicy, choice: Choice
-    ) -> Opened:
+    def _test(self, attempt: _Attempt, variant: Variant, choice: Choice) -> Opened:
         """The chosen variant under the slot's own policy. Raises Refused, RuntimeFault."""
+        ref, manifest, policy = attempt.ref, attempt.manifest, attempt.policy
         self._verifier.fetch_blobs(manifest, variant)
         package = self._verifier.open(ref, manifest, variant)
+        if variant.name not in attempt.joined:
+            attempt.joined[variant.name] = self._build(package, policy, attempt.going_on)
         inputs = selftest.golden_inputs(package.golden)
         tolerance = (manifest.golden.atol, manifest.golden.rtol)
-        batchable = free_rows(variant)
+        batchable = free_rows(variant) and attempt.joined[variant.name]
         runner, condition = self._open(package, policy, batchable)
         try:
             verdict = selftest.judge(package.golden, runner.infer(inputs), *tolerance)
@@ -291,6 +320,41 @@ class Activation:
             runner.stop()
             raise
         return Opened(package, runner, batchable, condition, choice.table, verdict.measured, verdict.limit)
+
+    def _build(self, package: VerifiedPackage, policy: SlotPolicy, going_on: Callable[[], None]) -> bool:
+        """Compile in a worker that is thrown away; the forms that it leaves are found again.
+
+        False when the accelerator cannot take `max_batch` rows: joined requests would have it try again, each
+        time. Raises RuntimeFault, and what `going_on` raises.
+        """
+        asked = self._wanted(package.variant, policy)
+        if not prepare.compiles(asked.attempts):
+            return True
+        options = self._options(package.variant, policy, asked)
+        if not options.compiled:
+            return True
+        if self._build_for(package, policy, options, policy.max_batch, going_on):
+            return True
+        self._build_for(package, policy, options, 1, going_on)
+        return False
+
+    def _build_for(
+        self,
+        package: VerifiedPackage,
+        policy: SlotPolicy,
+        options: LoadOptions,
+        max_batch: int,
+        going_on: Callable[[], None],
+    ) -> bool:
+        variant, ref = package.variant, package.ref
+        name = f"{ref.model}:{ref.version} {variant.name} compiles"
+        build = prepare.build_policy(policy)
+        runner = self._engine.open(variant.runtime, package.content, name, build, options)
+        try:
+            golden = selftest.golden_inputs(package.golden)
+            return prepare.build(self._engine, runner, golden, max_batch, going_on)
+        finally:
+            runner.stop(at_once=True)
 
     def _open(
         self, package: VerifiedPackage, policy: SlotPolicy, batchable: bool
@@ -322,9 +386,13 @@ class Activation:
         if self._setup.compiled is not None:
             folder = self._setup.compiled / variant.blob.digest
             # A compiled model is native code: nobody else may put one there.
-            self._setup.compiled.mkdir(mode=0o700, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            compiled = str(folder)
+            try:
+                self._setup.compiled.mkdir(mode=0o700, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                compiled = str(folder)
+            except OSError as error:
+                # A full disk must cost time only, not the model.
+                log.warning("compiled forms cannot be kept in %s: %s", folder, error)
         return LoadOptions(
             threads=policy.threads,
             providers=asked.attempts,
@@ -350,9 +418,14 @@ class Activation:
         )
 
 
-def _fault(candidate: Candidate, error: RuntimeFault, faults: dict[str, RuntimeFault]) -> Candidate:
-    faults[candidate.name] = error
-    return replace(candidate, fault=str(error))
+def _with_figures(candidate: Candidate, found: Measurement) -> Candidate:
+    return replace(
+        candidate,
+        provider=found.provider,
+        p50_ms=found.p50_ms,
+        p95_ms=found.p95_ms,
+        memory_bytes=found.memory_bytes,
+    )
 
 
 def _reason(fault: RuntimeFault) -> str:

@@ -21,6 +21,8 @@ from edgeward.wire.slots import SlotPolicy
 
 #: Seconds for one variant, and how many runs are enough or the least whatever they take.
 SECONDS = 2.0
+#: How often it is asked whether to go on while one inference takes long.
+_LOOK_UP = 0.5
 WARM_UP, LEAST_RUNS, MOST_RUNS = 3, 5, 1000
 
 
@@ -72,7 +74,7 @@ def measure(
     times: list[float] = []
     for count in range(WARM_UP + MOST_RUNS):
         going_on()
-        elapsed = _once(engine, runner, inputs)
+        elapsed = once(engine, runner, inputs, going_on)
         memory = max(memory, resident_bytes(runner))
         late = clock.monotonic() >= until
         over = memory_limit is not None and memory > memory_limit
@@ -96,8 +98,11 @@ def resident_bytes(runner: Runner) -> int:
     return int(resident()) if callable(resident) else 0
 
 
-def _once(engine: Engine, runner: Runner, inputs: list[Tensor]) -> float:
-    """Milliseconds of one inference without the hop between threads. Raises RuntimeFault and its kin."""
+def once(engine: Engine, runner: Runner, inputs: list[Tensor], going_on: Callable[[], None]) -> float:
+    """Milliseconds of one inference without the hop between threads. Raises RuntimeFault and its kin.
+
+    `going_on` is called while it takes long and may raise: the inference is then left to itself.
+    """
     answer: list[tuple[list[Tensor] | EdgewardError, Timing]] = []
     ready = threading.Event()
 
@@ -112,7 +117,8 @@ def _once(engine: Engine, runner: Runner, inputs: list[Tensor]) -> float:
             done(error, Timing(0, 0, 0))
 
     engine.loop.call_soon_threadsafe(begin)
-    ready.wait()
+    while not ready.wait(_LOOK_UP):
+        going_on()
     result, timing = answer[0]
     if isinstance(result, EdgewardError):
         raise result

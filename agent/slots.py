@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,6 +94,9 @@ class Slots:
                     continue
                 self._active[name] = self._made(opened, record.policy)
                 self._tables[name] = opened.table
+        for model in self._active.values():
+            # What the last run was killed before it could remove.
+            self._drop_losers(model.package)
         self._sweep()
         self._thread.start()
 
@@ -229,8 +233,16 @@ class Slots:
 
     def _advance(self, name: str, candidate: SlotState) -> None:
         """Walk one candidate as far as it goes; every stop carries its reason."""
-        target, policy = candidate.target, candidate.policy
         walk = _Walk(self, name, candidate)
+        try:
+            self._try(walk)
+        except (EdgewardError, OSError, sqlite3.Error) as error:
+            # A full disk, for example, wherever it was noticed: what runs goes on, and this is tried again.
+            log.exception("slot %s: %s", name, error)
+            walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
+
+    def _try(self, walk: _Walk) -> None:
+        name, target, policy = walk.name, walk.state.target, walk.state.policy
         try:
             walk.to(Event.BEGUN)
             manifest = self._verifier.fetch_manifest(target)
@@ -250,9 +262,6 @@ class Slots:
             self._refuse(walk, error)
         except (DigestMismatch, TrustError, PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
-        except (EdgewardError, OSError) as error:
-            log.exception("slot %s: %s", name, error)
-            walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
 
     def _activate(self, walk: _Walk, opened: Opened) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""
@@ -281,6 +290,7 @@ class Slots:
         walk.tell()
         if old is not None:
             old.runner.stop()
+        self._drop_losers(opened.package)
         self._sweep()
 
     def _refuse(self, walk: _Walk, refusal: Refused) -> None:
@@ -310,8 +320,24 @@ class Slots:
 
     def _sweep(self) -> None:
         """Compiled forms stay with the blobs that a slot runs or may go back to."""
-        records = self._records.values()
-        self._activation.sweep(blob for record in records for blob in (record.blob, record.previous_blob))
+        self._activation.sweep(self._kept())
+
+    def _drop_losers(self, package: VerifiedPackage) -> None:
+        """Only what no slot runs or may go back to, and what none needs to start again."""
+        keep = self._kept()
+        for record in self._records.values():
+            keep |= {ref.digest for ref in (record.running, record.previous) if ref is not None}
+            for ref, blob in ((record.running, record.blob), (record.previous, record.previous_blob)):
+                if ref == package.ref and not blob:
+                    return  # an older agent did not write down which of its variants that is
+        keep |= {model.package.manifest.golden.blob.digest for model in self._active.values()}
+        self._activation.drop_losers(package.manifest, keep)
+
+    def _kept(self) -> set[str]:
+        """The variants' blobs that a slot runs or may go back to."""
+        kept = {blob for record in self._records.values() for blob in (record.blob, record.previous_blob)}
+        # Not what is written down where that variant's runtime was taken away, or an older agent wrote.
+        return kept | {model.package.variant.blob.digest for model in self._active.values()}
 
 
 def _runner_name(ref: ModelRef) -> str:

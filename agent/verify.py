@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class Verifier:
     def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
         for blob in (variant.blob, manifest.golden.blob):
             self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        """Remove blobs that nothing needs any more."""
+        for digest in digests:
+            self._blobs.drop(digest)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
         """Read the fetched bytes, hashing them again. Raises PackageError, DigestMismatch."""

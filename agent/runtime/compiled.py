@@ -17,6 +17,18 @@ import msgspec
 
 log = logging.getLogger(__name__)
 
+#: Providers that keep their compiled forms in a folder, by themselves.
+INTO_FOLDER = frozenset(
+    {
+        "TensorrtExecutionProvider",
+        "OpenVINOExecutionProvider",
+        "MIGraphXExecutionProvider",
+        "CoreMLExecutionProvider",
+    }
+)
+#: Providers that hand their compiled form to onnxruntime, which writes it into a model file (`EPContext` nodes).
+INTO_MODEL = frozenset({"QNNExecutionProvider"})
+
 
 def key(*parts: str | bytes) -> str:
     """What a form depends on (model, provider, runtime version), as 32 hex digits."""

@@ -47,5 +47,5 @@ class InProcess:
             result = error
         self._loop.call_soon(done, result, Timing(0, self._clock.monotonic_ns() - began, 1))
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
         """Nothing runs on its own here."""

@@ -8,24 +8,13 @@ from typing import Any
 
 import onnxruntime
 
-from agent.runtime.compiled import CompiledFile, CompiledFolder, key, processor
+from agent.runtime.compiled import INTO_FOLDER, INTO_MODEL, CompiledFile, CompiledFolder, key, processor
 from agent.runtime.port import Arrays, LoadOptions
 
 log = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 
-#: Keep their compiled forms in a folder, by themselves.
-_FOLDER = frozenset(
-    {
-        "TensorrtExecutionProvider",
-        "OpenVINOExecutionProvider",
-        "MIGraphXExecutionProvider",
-        "CoreMLExecutionProvider",
-    }
-)
-#: Hand their compiled form to onnxruntime, which writes it into a model file (`EPContext` nodes).
-_CONTEXT = frozenset({"QNNExecutionProvider"})
 #: Compile nothing: onnxruntime's own optimised graph is kept. Not for CUDA: what it saves there holds copies
 #: between memories, and nothing shows yet that it is placed the same when it is read again.
 _GRAPH = frozenset({CPU})
@@ -88,8 +77,8 @@ class Compilation:
         root = Path(load.compiled)
         asked = set(providers)
         try:
-            folder = CompiledFolder(root / f"{name}.engines") if asked & _FOLDER else None
-            context = bool(asked & _CONTEXT) and not folder
+            folder = CompiledFolder(root / f"{name}.engines") if asked & INTO_FOLDER else None
+            context = bool(asked & INTO_MODEL) and not folder
             file = CompiledFile(root, f"{name}.onnx") if context or asked <= _GRAPH else None
         except OSError as error:
             log.warning("compiled forms cannot be kept in %s: %s", root, error)

@@ -99,7 +99,9 @@ class Runner(Protocol):
         """
         ...
 
-    def stop(self) -> None: ...
+    def stop(self, *, at_once: bool = False) -> None:
+        """Answer what has been submitted, unless `at_once`; refuse what comes later."""
+        ...
 
 
 def load(runtime: Runtime, content: bytes, options: LoadOptions | None = None) -> Model:

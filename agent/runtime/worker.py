@@ -85,6 +85,8 @@ class Worker:
         self._content = content
         self._name = name
         self._policy = policy
+        # Some accelerators compile while a model is loaded; who may take so long for a request may for that.
+        self._start_deadline = max(START_DEADLINE, policy.deadline)
         self._events = events
         self._backlog = Backlog(policy.queue, policy.max_batch if batchable else 1)
         self._process: ChildProcess | None = None
@@ -151,9 +153,9 @@ class Worker:
             self._pump_due = True
             self._loop.call_soon(self._pump_now)
 
-    def stop(self) -> None:
-        """Answer what has been submitted, refuse what comes later, and end the process."""
-        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
+    def stop(self, *, at_once: bool = False) -> None:
+        """Answer what has been submitted, unless `at_once`; refuse what comes later, and end the process."""
+        asyncio.run_coroutine_threadsafe(self._drain(at_once), self._loop).result()
 
     # starting and ending
 
@@ -162,10 +164,12 @@ class Worker:
         self._loading = self._loop.create_future()
         self._launch()
         try:
-            await asyncio.wait_for(asyncio.shield(self._loading), START_DEADLINE)
+            await asyncio.wait_for(asyncio.shield(self._loading), self._start_deadline)
         except TimeoutError:
             self._end()
-            raise RuntimeFault(f"model {self._name}: not loaded within {START_DEADLINE:.0f} s") from None
+            raise RuntimeFault(
+                f"model {self._name}: not loaded within {self._start_deadline:.0f} s"
+            ) from None
         except RuntimeFault:
             self._end()
             raise
@@ -188,9 +192,9 @@ class Worker:
             self._loop.remove_writer(process.fileno())
             process.end()
 
-    async def _drain(self) -> None:
+    async def _drain(self, at_once: bool) -> None:
         self._stopped = True
-        until = self._clock.monotonic() + self._policy.deadline
+        until = self._clock.monotonic() + (0.0 if at_once else self._policy.deadline)
         while (self._in_flight or len(self._backlog)) and self._clock.monotonic() < until:
             await asyncio.sleep(0.005)
         self._end()
@@ -402,10 +406,10 @@ class Worker:
             self._events.on_recovered(self._name)
         if (
             not self._ready
-            and self._clock.monotonic() - self._began > START_DEADLINE
+            and self._clock.monotonic() - self._began > self._start_deadline
             and self._process is not None
         ):
-            self._lost(f"was not ready within {START_DEADLINE:.0f} s")
+            self._lost(f"was not ready within {self._start_deadline:.0f} s")
         limit = self._clock.monotonic_ns() - int(self._policy.deadline * 1e9)
         if not self._ready:
             late = self._backlog.drop(lambda request: request.arrived < limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,27 @@ def slow_doubler(width: int = 1500) -> bytes:
     return _finish(nodes)
 
 
+def narrow(rows: int = 16) -> bytes:
+    """`y = 2 x`, of so many rows at most."""
+    most = helper.make_tensor("most_v", TensorProto.FLOAT, [rows, 1], [0.0] * rows)
+    numbers = [
+        (name, helper.make_tensor(f"{name}_v", TensorProto.INT64, [], [at]))
+        for name, at in (("o", 0), ("i", 1))
+    ]
+    return _finish(
+        [
+            helper.make_node("Constant", [], ["most"], value=most),
+            *(helper.make_node("Constant", [], [name], value=value) for name, value in numbers),
+            helper.make_node("Shape", ["x"], ["shape"]),
+            helper.make_node("Gather", ["shape", "o"], ["n"]),
+            helper.make_node("Range", ["o", "n", "i"], ["rows"]),
+            helper.make_node("Gather", ["most", "rows"], ["nothing"]),
+            helper.make_node("Add", ["x", "x"], ["twice"]),
+            helper.make_node("Add", ["twice", "nothing"], ["y"]),
+        ]
+    )
+
+
 def centred() -> bytes:
     """`y = x - mean of the rows`: what a row gives depends on the others."""
     return _finish(
@@ -103,6 +124,7 @@ class Releaser:
         self.blobs: dict[str, bytes] = {}
         self.golden: dict[str, GoldenVectors] = {}
         self.fetched: list[str] = []
+        self.dropped: set[str] = set()
         self.offline = False
 
     def release(
@@ -150,8 +172,13 @@ class Releaser:
         if self.offline:
             raise Unavailable("no network")
         self.fetched.append(variant.name)
+        self.dropped.discard(variant.blob.digest)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        self.dropped |= set(digests)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
+        assert variant.blob.digest not in self.dropped, "it is not on the disk any more"
         content = self.blobs[variant.blob.digest]
         if sha256_hex(content) != variant.blob.digest:
             raise DigestMismatch("damaged")
@@ -192,7 +219,7 @@ def engine() -> Iterator[Watched]:
 
 @pytest.fixture
 def models() -> dict[str, bytes]:
-    return {"fast": doubler(), "slow": slow_doubler(), "centred": centred()}
+    return {"fast": doubler(), "slow": slow_doubler(), "centred": centred(), "narrow": narrow()}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from agent.runtime.providers import Rules as ProviderRules
 from agent.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
+from edgeward.errors import RuntimeFault
 from edgeward.wire.desired import ModelRef, SlotTarget
 from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
@@ -229,10 +231,12 @@ def test_what_was_measured_is_kept_for_the_same_circumstances(
     slots = open_slots()
     wish(slots, ref)
     first = settled(slots, until)
+    releaser.fetched.clear()
     wish(slots, ref, max_latency_ms=1000.0)
     until(lambda: slots.active("default").policy.max_latency_ms == 1000.0)
     assert report(slots).variants == first.variants
     assert engine.names == ["m:1 slow", "m:1 fast", "m:1", "m:1"]
+    assert set(releaser.fetched) == {"fast"}, "what is known to lose is not downloaded again"
     wish(slots, ref, threads=2)
     until(lambda: slots.active("default").policy.threads == 2)
     assert engine.names[4:] == ["m:1 slow", "m:1 fast", "m:1"]
@@ -341,6 +345,270 @@ def test_the_provider_really_used_can_refuse_a_model_or_be_told(
     (condition,) = slots.conditions()
     assert condition.type == "ProviderFallback" and condition.message == "slot default: runs on the CPU"
     assert condition.last_transition_time > 0
+
+
+def test_what_was_measured_on_a_provider_that_the_policy_refuses_is_not_downloaded_again(
+    open_slots: Any, releaser: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    rules = Rules()
+    slots = open_slots(how=replace(setup, rules=rules))
+    ref = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    wish(slots, ref, cpu_fallback=True)
+    settled(slots, until)
+    releaser.fetched.clear()
+    rules.verdict = Verdict("it runs on the CPU")
+    wish(slots, ref)
+    got = settled(slots, until)
+    assert (got.reason, got.running) == ("ProviderFallback", ref)
+    assert releaser.fetched == []
+
+
+def test_blobs_of_variants_that_lost_are_removed_unless_a_slot_needs_them(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.8))
+    slow, fast = (variant.blob.digest for variant in releaser.manifests[ref.digest].variants)
+    exact = SlotTarget(ref, policy=SlotPolicy())
+    slots.wish({"exact": exact})
+    until(lambda: slots.active("exact"))
+    assert until(lambda: releaser.dropped) == {fast} - {slow}
+    slots.wish({"exact": exact, "quick": SlotTarget(ref, policy=SlotPolicy(quality_tolerance=0.5))})
+    until(lambda: slots.active("quick"))
+    assert slots.active("quick").package.variant.name == "fast"
+    slots.wish({"exact": SlotTarget(ref, policy=SlotPolicy(threads=2))})
+    until(lambda: slots.active("exact").policy.threads == 2)
+    slots.stop()
+    assert releaser.dropped == set(), "each slot's blob is needed"
+
+
+def test_blobs_that_an_agent_was_killed_over_are_removed_when_it_starts(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path
+) -> None:
+    ref = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    slow, fast = (variant.blob.digest for variant in releaser.manifests[ref.digest].variants)
+    state = State(tmp_path / "state.db")
+    state.set_slot("default", SlotRecord(running=ref, variant="fast", blob=fast))
+    slots = open_slots(state=state)
+    assert releaser.dropped == {slow} and doubles(slots)
+
+
+def test_a_disk_that_gives_errors_costs_neither_the_running_model_nor_the_next_wish(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(State):
+        full = False
+
+        def set_slot(self, name: str, record: SlotRecord) -> None:
+            if self.full:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().set_slot(name, record)
+
+        def quarantine(self, digest: str, reason: str, at: float) -> None:
+            if self.full:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().quarantine(digest, reason, at)
+
+    def worn(digests: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(releaser, "drop", worn)
+    state = Full(tmp_path / "full.db")
+    slots = open_slots(state=state)
+    one = releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"]))
+    wish(slots, one)
+    assert settled(slots, until).running == one
+    state.full = True
+    for bad in (
+        releaser.release(2, ("only", models["fast"])),
+        releaser.release(3, ("only", models["fast"]), outputs=ROWS * 3),
+    ):
+        wish(slots, bad)
+        got = until(lambda: (now := report(slots)).reason == "OperationalError" and now)
+        assert (got.phase, got.running, got.target) == (Phase.PENDING, one, bad) and doubles(slots)
+    state.full = False
+    last = releaser.release(4, ("only", models["fast"]))
+    wish(slots, last)
+    until(lambda: report(slots).running == last)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_blobs_that_no_record_names_but_a_slot_needs_are_not_removed(
+    open_slots: Any, releaser: Any, models: Any, until: Any, tmp_path: Path, gone: bool
+) -> None:
+    ref = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.8))
+    state = State(tmp_path / "state.db")
+    if gone:  # the runtime of the variant that it had: it runs the next best
+        state.set_slot("old", SlotRecord(running=ref, variant="gone", blob="9" * 64))
+    else:  # an older agent did not write down which variant it was
+        state.set_slot("old", SlotRecord(running=None, previous=ref))
+    slots = open_slots(state=state)
+    quick = SlotPolicy(quality_tolerance=0.5)
+    slots.wish({"quick": SlotTarget(ref, policy=quick)})
+    until(lambda: slots.active("quick"))
+    slots.stop()
+    assert releaser.dropped == set()
+
+
+def test_a_blob_that_is_something_else_to_another_slot_is_not_removed(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    """A package may name any digest as a variant of little quality."""
+    slots = open_slots()
+    one = releaser.release(1, ("slow", models["slow"], 0.9), ("fast", models["fast"], 0.1))
+    slots.wish({"one": SlotTarget(one)})
+    until(lambda: slots.active("one"))
+    two = releaser.release(2, ("fast", models["fast"], 0.9), ("odd", models["slow"], 0.1))
+    manifest = releaser.manifests[two.digest]
+    golden, odd = manifest.golden.blob, manifest.variants[1]
+    manifest.variants.extend(
+        msgspec.structs.replace(odd, name=name, blob=msgspec.structs.replace(odd.blob, digest=digest))
+        for name, digest in (("golden", golden.digest), ("manifest", one.digest), ("lost", "9" * 64))
+    )
+    slots.wish({"one": SlotTarget(one), "two": SlotTarget(two)})
+    until(lambda: slots.active("two"))
+    until(lambda: "9" * 64 in releaser.dropped)
+    slots.stop()
+    assert releaser.dropped == {"9" * 64}
+
+
+class TensorRT(Rules):
+    """A device with an accelerator that compiles, as far as anybody but onnxruntime can tell."""
+
+    def plan(self, runtime: Any, available: Any, variant: Any, policy: SlotPolicy) -> Plan:
+        return Plan(("TensorrtExecutionProvider", "CPUExecutionProvider"))
+
+    def judge(self, plan: Plan, used: str, policy: SlotPolicy) -> Verdict:
+        return Verdict()
+
+
+def test_what_an_accelerator_compiles_is_built_before_the_model_may_serve(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup, tmp_path: Path
+) -> None:
+    slots = open_slots(how=replace(setup, rules=TensorRT()))
+    ref = releaser.release(1, ("only", models["fast"]))
+    wish(slots, ref, deadline=1.0)
+    assert settled(slots, until).running == ref
+    assert engine.names == ["m:1 only compiles", "m:1"]
+    (_, building, first, _), (_, serving, second, batchable) = engine.opened
+    assert building.deadline > 60.0 and serving.deadline == 1.0 and batchable
+    assert first.compiled == second.compiled != ""
+    assert workers(engine) == {slots.active("default").runner.pid}
+    slots.stop()
+    engine.opened.clear()
+    again = open_slots(how=replace(setup, rules=TensorRT()), state=State(tmp_path / "state.db"))
+    assert engine.names == ["m:1 only compiles", "m:1"], "what was compiled may be damaged since"
+    assert engine.opened[0][1].deadline > 60.0 and doubles(again) and engine.opened[1][3]
+
+
+def test_what_is_measured_and_then_chosen_is_built_once(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    slots = open_slots(how=replace(setup, rules=TensorRT()))
+    wish(slots, releaser.release(1, ("slow", models["slow"]), ("fast", models["fast"])))
+    assert settled(slots, until).variant == "fast"
+    assert engine.names == ["m:1 slow compiles", "m:1 slow", "m:1 fast compiles", "m:1 fast", "m:1"]
+
+
+def test_a_batch_that_the_accelerator_cannot_take_is_never_joined(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup
+) -> None:
+    slots = open_slots(how=replace(setup, rules=TensorRT()))
+    ref = releaser.release(1, ("only", models["narrow"]))
+    wish(slots, ref, max_batch=64)
+    assert settled(slots, until).running == ref and doubles(slots)
+    # The second worker compiles what the first one was spoilt for.
+    assert engine.names == ["m:1 only compiles", "m:1 only compiles", "m:1"]
+    assert not engine.opened[-1][3] and not slots._records["default"].batchable
+    wish(slots, ref, max_batch=16)
+    until(lambda: slots.active("default").policy.max_batch == 16)
+    assert engine.opened[-1][3]
+
+
+class Hangs:
+    """A runner that is still compiling."""
+
+    provider, inputs, outputs, restarts, pid = "TensorrtExecutionProvider", list[Any](), list[Any](), 0, None
+
+    def __init__(self) -> None:
+        self.entered, self.stopped = threading.Event(), list[bool]()
+
+    def submit(self, inputs: Any, done: Any) -> None:
+        self.entered.set()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        self.stopped.append(at_once)
+
+
+def test_an_agent_that_stops_or_another_wish_does_not_wait_for_a_build_nor_blame_the_model(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    builds: list[Hangs] = []
+    really = engine.open
+
+    def opened(runtime: Any, content: bytes, name: str, *rest: Any, **more: Any) -> Any:
+        if not name.endswith("compiles") or name.startswith("m:2 "):
+            return really(runtime, content, name, *rest, **more)
+        builds.append(Hangs())
+        return builds[-1]
+
+    monkeypatch.setattr(engine, "open", opened)
+    slots = open_slots(how=replace(setup, rules=TensorRT()))
+    one = releaser.release(1, ("only", models["fast"]))
+    two = releaser.release(2, ("only", models["fast"]))
+    wish(slots, one)
+    until(lambda: builds and builds[0].entered.is_set())
+    wish(slots, two)
+    assert settled(slots, until).running == two
+    wish(slots, one)
+    until(lambda: len(builds) == 2 and builds[1].entered.is_set())
+    slots.stop()
+    assert not slots._thread.is_alive() and slots._state.quarantined() == []
+    assert [build.stopped for build in builds] == [[True], [True]]
+
+
+def test_a_worker_that_ends_because_the_agent_does_says_nothing_of_its_model(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: Any, **more: Any) -> Any:
+        slots._stop = True
+        raise RuntimeFault("its worker is gone")
+
+    monkeypatch.setattr(engine, "open", opened)
+    slots = open_slots()
+    wish(slots, releaser.release(1, ("only", models["fast"])))
+    until(lambda: not slots._thread.is_alive())
+    assert slots._state.quarantined() == []
+
+
+def test_neither_a_full_disk_nor_a_failing_build_keeps_a_model_from_running_again(
+    open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, setup: Setup, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ref = releaser.release(1, ("only", models["fast"]))
+    first = open_slots(how=replace(setup, rules=TensorRT()))
+    wish(first, ref)
+    settled(first, until)
+    first.stop()
+    really = engine.open
+
+    def opened(runtime: Any, content: bytes, name: str, *rest: Any, **more: Any) -> Any:
+        if name.endswith("compiles"):
+            raise RuntimeFault("no room on the GPU")
+        return really(runtime, content, name, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "open", opened)
+        again = open_slots(how=replace(setup, rules=TensorRT()), state=State(tmp_path / "state.db"))
+        assert again.active("default") is not None and doubles(again)
+        again.stop()
+    engine.opened.clear()
+    (tmp_path / "file").write_bytes(b"")
+    no_room = replace(setup, rules=TensorRT(), compiled=tmp_path / "file" / "compiled")
+    again = open_slots(how=no_room, state=State(tmp_path / "state.db"))
+    assert again.active("default") is not None and doubles(again)
+    assert engine.names == ["m:1"], "what is not kept is not compiled ahead"
 
 
 def test_compiled_forms_stay_with_the_blobs_that_a_slot_may_need(

@@ -103,12 +103,18 @@ class Tflite:
         return len(self._graph.tensors) - 1
 
     def operator(
-        self, code: int, inputs: list[int], outputs: list[int], kind: int = 0, options: Any = None
+        self,
+        code: int,
+        inputs: list[int],
+        outputs: list[int],
+        kind: int = 0,
+        options: Any = None,
+        version: int = 1,
     ) -> None:
         entry = schema.OperatorCodeT()
         entry.builtinCode = code
         entry.deprecatedBuiltinCode = min(code, 127)
-        entry.version = 1
+        entry.version = version
         self._model.operatorCodes.append(entry)
         made = schema.OperatorT()
         made.opcodeIndex = len(self._model.operatorCodes) - 1
@@ -128,6 +134,44 @@ class Tflite:
 
 
 _FLOAT = schema.TensorType.FLOAT32
+
+#: (scale, zero point) of a quantised dense layer's input, weights and output.
+QUANTISED = (0.1, 3), (0.02, 0), (0.5, -4)
+QUANTISED_WEIGHTS = np.array([[50, -100], [25, 127], [-75, 12]], np.int8)
+
+
+def quantised_reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What the quantised dense layer gives for int8 rows, before rounding halves one way or the other."""
+    (x_scale, x_zero), (w_scale, _), (y_scale, y_zero) = QUANTISED
+    exact = (x.astype(np.int64) - x_zero) @ QUANTISED_WEIGHTS.astype(np.int64)
+    return np.clip(exact * (x_scale * w_scale / y_scale) + y_zero, -128, 127)
+
+
+def onnx_quantised() -> bytes:
+    """`x [n, 3] -> y [n, 2]`, int8."""
+    constants = [numpy_helper.from_array(QUANTISED_WEIGHTS, "w")]
+    for name, (scale, zero) in zip("xwy", QUANTISED, strict=True):
+        constants.append(numpy_helper.from_array(np.array(scale, np.float32), f"{name}s"))
+        constants.append(numpy_helper.from_array(np.array(zero, np.int8), f"{name}z"))
+    return onnx_model(
+        [helper.make_node("QLinearMatMul", ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz"], ["y"])],
+        [("x", TensorProto.INT8, [None, 3])],
+        [("y", TensorProto.INT8, [None, 2])],
+        constants,
+    )
+
+
+def tflite_quantised() -> bytes:
+    """As onnx_quantised."""
+    graph, int8 = Tflite(), schema.TensorType.INT8
+    x = graph.tensor("x", [-1, 3], int8, quantised=QUANTISED[0])
+    w = graph.tensor("w", [2, 3], int8, np.ascontiguousarray(QUANTISED_WEIGHTS.T), quantised=QUANTISED[1])
+    y = graph.tensor("y", [-1, 2], int8, quantised=QUANTISED[2])
+    graph.operator(
+        schema.BuiltinOperator.FULLY_CONNECTED, [x, w, -1], [y],
+        schema.BuiltinOptions.FullyConnectedOptions, schema.FullyConnectedOptionsT(), version=6,
+    )  # fmt: skip
+    return graph.finish([x], [y])
 
 
 def _dense(graph: Tflite, rows: int) -> tuple[int, int]:

@@ -136,6 +136,19 @@ def test_every_type_comes_back_as_it_went_in(runtime: Any, opened: Opened, dtype
     assert y.tobytes() == x.tobytes()
 
 
+def test_quantised_models_take_and_give_their_raw_integers(runtime: Any, opened: Opened) -> None:
+    model = opened(graphs.onnx_quantised() if runtime == "onnx" else graphs.tflite_quantised())
+    assert (model.inputs[0].dtype, model.outputs[0].dtype) == ("int8", "int8")
+    x = np.random.default_rng(7).integers(-128, 128, (64, 3)).astype(np.int8)
+    y = model.infer({"x": x})["y"]
+    want = graphs.quantised_reference(x)
+    assert y.dtype == np.int8 and len(np.unique(want)) > 50
+    # Half a step for rounding, and a little for the runtimes' fixed-point multipliers.
+    assert np.abs(y - want).max() <= 0.51
+    with pytest.raises(RuntimeFault, match="input x: expected int8, got uint8"):
+        model.infer({"x": x.view(np.uint8)})
+
+
 @pytest.mark.parametrize("order", ["transposed", "strided", "big-endian", "read-only"])
 def test_memory_may_lie_in_any_order(runtime: Any, opened: Opened, order: str) -> None:
     x = rows(3)

@@ -343,6 +343,31 @@ def test_one_bad_request_in_a_batch_fails_alone(engine: Engine) -> None:
     assert worker.restarts == 0
 
 
+def test_stopping_at_once_waits_for_nothing(engine: Engine) -> None:
+    worker = opened(engine, spinner(), SlotPolicy(deadline=600.0))
+    answers: list[Any] = []
+    on_loop(
+        engine,
+        lambda: worker.submit(to_tensors(spin(FOREVER)), lambda result, timing: answers.append(result)),
+    )
+    pid, began = worker.pid, time.monotonic()
+    worker.stop(at_once=True)
+    assert time.monotonic() - began < 10.0 and isinstance(answers[0], WorkerStopped)
+    assert pid is not None and not psutil.pid_exists(pid)
+
+
+def test_who_may_take_long_for_a_request_may_for_loading(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some accelerators compile then."""
+    monkeypatch.setattr("agent.runtime.worker.START_DEADLINE", 0.01)
+    with pytest.raises(RuntimeFault, match="not loaded within 0 s"):
+        opened(engine, doubler(), SlotPolicy(deadline=0.01))
+    worker = opened(engine, doubler(), SlotPolicy(deadline=60.0))
+    double_something(worker)
+    assert worker.restarts == 0
+
+
 def test_stopping_answers_what_waits_and_refuses_what_comes(engine: Engine) -> None:
     worker = opened(engine, spinner(), SlotPolicy(deadline=60.0))
     answers: list[Any] = []
