@@ -30,17 +30,18 @@ class Examples:
     """`m` examples for a model, made from `n` samples that are accounted for with them.
 
     `inputs` is `[m, ...]`; `owner` int64 `[n]` names each sample's example, -1 for a sample that is stored
-    without a prediction; `last` `[m]` is the sample that stands for an example (its time, key and number).
+    without a prediction. `stands` are the `m` samples that stand for the examples with their time, key and
+    number: the last good one of each window, which in sliding windows an earlier one may have accounted for.
     """
 
     samples: Samples
     inputs: Array
     owner: npt.NDArray[np.int64]
-    last: npt.NDArray[np.int64]
+    stands: Samples
     late: int = 0
 
     def __len__(self) -> int:
-        return len(self.last)
+        return len(self.stands)
 
 
 def make_examples(windows: list[Closed], aggregate: str, length: int) -> Examples:
@@ -52,8 +53,8 @@ def make_examples(windows: list[Closed], aggregate: str, length: int) -> Example
     parts: list[Samples] = []
     owners: list[Array] = []
     inputs: list[Array] = []
-    lasts: list[int] = []
-    offset = late = 0
+    stands: list[Samples] = []
+    count = late = 0
     for window in windows:
         everything = window.samples
         fresh = _fresh(window)
@@ -63,26 +64,27 @@ def make_examples(windows: list[Closed], aggregate: str, length: int) -> Example
             late += len(own)
         elif aggregate == "none":
             good = _good(own)
-            owner[good] = np.arange(len(lasts), len(lasts) + len(good))
-            lasts += (good + offset).tolist()
-            inputs.append(own.values if len(good) == len(own) else own.values[good])
+            owner[good] = np.arange(count, count + len(good))
+            count += len(good)
+            stands.append(own if len(good) == len(own) else own.take(good))
+            inputs.append(stands[-1].values)
         else:
-            rows = everything.values[_good(everything)]
+            good = _good(everything)
+            rows = everything.values[good]
             if len(rows) and (aggregate != "stack" or len(rows) == length):
-                good = _good(own)
-                owner[good] = len(lasts)
-                lasts.append(offset + int(good[-1] if len(good) else max(len(own) - 1, 0)))
+                owner[_good(own)] = count
+                count += 1
+                stands.append(everything.take(good[-1:]))
                 inputs.append((rows if aggregate == "stack" else _STATISTICS[aggregate](rows))[np.newaxis])
         parts.append(own)
         owners.append(owner)
-        offset += len(own)
     samples = join(parts)
     empty = samples.values[:0]
     return Examples(
         samples,
         (inputs[0] if len(inputs) == 1 else np.concatenate(inputs)) if inputs else empty,
         owners[0] if len(owners) == 1 else np.concatenate(owners),
-        np.array(lasts, np.int64),
+        join(stands) if stands else samples.part(0, 0),
         late,
     )
 

@@ -110,15 +110,14 @@ class Reactions:
     def _message(
         self, model: ActiveModel, examples: Examples, outputs: Outputs, index: int
     ) -> dict[str, object]:
-        decision, at = model.package.manifest.decision, int(examples.last[index])
-        samples = examples.samples
+        decision, stands = model.package.manifest.decision, examples.stands
         scores = {name: float(values[index]) for name, values in outputs.scores.items()}
         finite = {name: value for name, value in scores.items() if np.isfinite(value)}
         value = finite.get(decision.output) if decision is not None else next(iter(finite.values()), None)
         return {
-            "device": self._name.device, "stream": self._target.name, "key": samples.key(at),
-            "event_time": int(samples.event_time[at]) / 1e6, "value": value,
+            "device": self._name.device, "stream": self._target.name, "key": stands.key(index),
+            "event_time": int(stands.event_time[index]) / 1e6, "value": value,
             "threshold": decision.threshold if decision is not None else None, "outputs": finite,
             "model": model.ref.model, "version": model.ref.version, "digest": model.ref.digest,
-            "source_seq": int(samples.seq[at]) if samples.seq is not None else -1,
+            "source_seq": int(stands.seq[index]) if stands.seq is not None else -1,
         }  # fmt: skip

@@ -115,16 +115,15 @@ def alarm_rows(
     """One for each example that the package's decision calls an alarm."""
     if decision is None or not outputs.alarm.any():
         return []
-    samples = examples.samples
+    stands = examples.stands
     values = outputs.scores[decision.output]
     rows = []
-    for example in np.flatnonzero(outputs.alarm).tolist():
-        at = int(examples.last[example])
+    for at in np.flatnonzero(outputs.alarm).tolist():
         rows.append(
             AlarmRow(
-                int(samples.event_time[at]), target.name, target.revision, samples.key(at), samples.epoch,
-                int(samples.seq[at]) if samples.seq is not None else -1,
-                lineage.digest, lineage.variant, lineage.provider, float(values[example]), decision.threshold,
+                int(stands.event_time[at]), target.name, target.revision, stands.key(at), stands.epoch,
+                int(stands.seq[at]) if stands.seq is not None else -1,
+                lineage.digest, lineage.variant, lineage.provider, float(values[at]), decision.threshold,
             )
         )  # fmt: skip
     return rows

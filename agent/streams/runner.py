@@ -281,9 +281,7 @@ class StreamRunner:
         lineage = Lineage(model.ref.digest, model.package.variant.name, model.runner.provider)
         decision = model.package.manifest.decision
         selection = self._selection
-        keys = (
-            tuple(examples.samples.key(at) for at in examples.last.tolist()) if examples.samples.keys else ()
-        )
+        keys = examples.stands.keys
         alarms = alarm_rows(self.target, lineage, examples, outputs, decision)
         self._reactions.act(model, examples, outputs, keys, received)
         chosen = (
@@ -358,7 +356,7 @@ class StreamRunner:
         features = self._spec.features
         predicted = examples.inputs[outputs.answered] if len(examples) else examples.inputs
         if len(predicted):
-            at = examples.samples.event_time[examples.last][outputs.answered]
+            at = examples.stands.event_time[outputs.answered]
             series = {f"output:{name}": values[outputs.answered] for name, values in outputs.scores.items()}
             edges: dict[str, list[float]] = {}
             if predicted.ndim == 2:

@@ -15,7 +15,7 @@ from agent.streams.local_link import LocalLink, StreamLink, matches
 from agent.streams.positions import Positions
 from agent.streams.samples import Samples
 from agent.streams.signature import match
-from agent.streams.window import Closed
+from agent.streams.window import Closed, Windows
 from edgeward.errors import InvalidDocument, PackageError, RuntimeFault
 from edgeward.mqtt import Message
 from edgeward.wire.package import Decision, TensorSpec
@@ -52,11 +52,11 @@ def test_each_sample_belongs_to_the_example_made_from_it() -> None:
     ]
     made = make_examples(windows, "none", 3)
     assert made.owner.tolist() == [0, -1, 1, -1, 2] and made.late == 1
-    assert made.inputs.tolist() == [[1], [3], [5]] and made.last.tolist() == [0, 2, 4]
+    assert made.inputs.tolist() == [[1], [3], [5]] and made.stands.event_time.tolist() == [0, 2, 4]
 
     made = make_examples(windows, "mean", 3)
     assert made.inputs.tolist() == [[2], [5]], "without the bad one"
-    assert made.owner.tolist() == [0, -1, 0, -1, 1] and made.last.tolist() == [2, 4]
+    assert made.owner.tolist() == [0, -1, 0, -1, 1] and made.stands.event_time.tolist() == [2, 4]
 
     made = make_examples([Closed("", samples([[1], [2]]))], "stack", 2)
     assert made.inputs.shape == (1, 2, 1) and made.owner.tolist() == [0, 0]
@@ -68,8 +68,55 @@ def test_each_sample_belongs_to_the_example_made_from_it() -> None:
     assert made.inputs.tolist() == [[3]] and made.samples.seq is not None
     assert made.samples.seq.tolist() == [2], "the others were accounted for by an earlier window"
 
+    again = Closed("k", samples([[1], [2], [3]], ("k", "k", "k")), fresh=np.array([], np.intp))
+    made = make_examples([again, Closed("j", samples([[7]], ("j",), first=9))], "mean", 3)
+    assert made.inputs.tolist() == [[2], [7]] and made.samples.seq is not None
+    assert made.samples.seq.tolist() == [9] and made.owner.tolist() == [1]
+    assert (made.stands.keys, made.stands.event_time.tolist()) == (("k", "j"), [2, 9]), "each its own"
+
     nothing = make_examples([Closed("", samples([[1], [2]], problems={0: "x", 1: "y"}))], "mean", 2)
     assert len(nothing) == 0 and nothing.owner.tolist() == [-1, -1]
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 60), st.sampled_from("ab"), st.booleans()), min_size=1, max_size=6),
+        max_size=6,
+    ),
+    st.sampled_from([(5.0, 1.0), (5.0, 5.0), (4.0, 3.0)]),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_the_gaps_an_example_stands_for_a_sample_of_its_own_window(
+    messages: list[list[tuple[int, str, bool]]], sizes: tuple[float, float], per_key: bool
+) -> None:
+    size, slide = sizes
+    windows = Windows(Window(size=size, slide=slide, aggregate="mean", per_key=per_key, timeout=60))
+    told, came_out = 0, 0
+    for number, message in enumerate([*messages, None]):
+        if message is None:
+            closed = windows.flush()
+        else:
+            times, keys, good = zip(*message, strict=True)
+            at = np.array(times, np.int64) * 1_000_000
+            bad = {index: "bad" for index, fine in enumerate(good) if not fine}
+            closed = windows.add(Samples(at, at[:, np.newaxis] / 1e6, keys, problems=bad), float(number))
+            told += len(message)
+        if not closed:
+            continue
+        made = make_examples(closed, "mean", 1)
+        came_out += len(made.samples)
+        asked = [
+            window
+            for window in closed
+            if not window.late and len(window.samples) > len(window.samples.problems)
+        ]
+        assert len(made) == len(made.inputs) == len(asked)
+        for window, at_us, key in zip(asked, made.stands.event_time.tolist(), made.stands.keys, strict=True):
+            assert window.start_us is not None and window.end_us is not None
+            assert window.start_us <= at_us < window.end_us
+            assert key == window.key or not per_key
+    assert came_out == told
 
 
 def spec(features: list[str], **more: Any) -> StreamSpec:
