@@ -25,7 +25,7 @@ from edgeward.trust.certificates import DeviceIdentity, TrustAnchor
 from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import Opened, UnknownSigner, open_envelope, seal
-from edgeward.wire.rows import MAX_BATCH_ROWS, ROW_TYPES, Ack, Batch, split_rows
+from edgeward.wire.rows import AHEAD_US, EARLIEST_US, MAX_BATCH_ROWS, ROW_TYPES, Ack, Batch, split_rows
 from edgeward.wire.topics import Lane
 from trends.journal import Journal
 from trends.sequence import decide
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT = 256
 MAX_SEQUENCE = 1 << 60
-_EARLIEST = 946_684_800_000_000
-_AHEAD = 86_400_000_000
 _GROUP = 64
 
 
@@ -68,7 +66,7 @@ def check_row(row: Any, now_us: int) -> str:
         if isinstance(value, list) and not all(math.isfinite(item) for item in value):
             return f"{field}: not finite numbers"
     at = row.bucket if hasattr(row, "bucket") else row.event_time
-    if not _EARLIEST <= at <= now_us + _AHEAD:
+    if not EARLIEST_US <= at <= now_us + AHEAD_US:
         return "event time before 2000 or more than a day ahead"
     return ""
 

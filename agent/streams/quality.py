@@ -1,7 +1,8 @@
-"""Which samples must not reach a model: missing, out of range, or from a sensor that is stuck."""
+"""Which samples must not reach a model: of an impossible time, missing, out of range, from a stuck sensor."""
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from agent.streams.keys import Recent, groups
 from agent.streams.samples import Samples
+from edgeward.wire.rows import AHEAD_US, EARLIEST_US
 from edgeward.wire.streams import Check
 
 
@@ -19,6 +21,9 @@ class Quality:
     A missing reading (NaN, infinite) neither continues nor ends a run of equal readings. `counts` grows
     by `missing:F`, `range:F` and `stuck:F` for each reading concerned; a sample's problem names the first
     of its violations in that order. A problem that a sample has already stays as it is.
+
+    A time that no trend store takes (before 2000, or more than a day ahead) is counted as `time`, and the
+    sample's time becomes `now`, so that at least its arrival is on record.
     """
 
     def __init__(self, features: list[str], checks: dict[str, Check]) -> None:
@@ -32,8 +37,12 @@ class Quality:
         # Per feature and key: the last reading and how often in a row it has been read.
         self._runs: dict[int, Recent[tuple[float, int]]] = {index: Recent() for index in self._stuck}
 
-    def apply(self, samples: Samples) -> Samples:
-        """The same samples with what is wrong with them; the very object when nothing is."""
+    def apply(self, samples: Samples, now: float) -> Samples:
+        """The same samples with what is wrong with them; the very object when nothing is.
+
+        `now` is the device's clock in seconds since 1970.
+        """
+        samples = self._timed(samples, round(now * 1e6))
         values = samples.values
         if values.ndim != 2 or len(samples) == 0:
             return samples
@@ -48,6 +57,18 @@ class Quality:
         for index, limit in self._stuck.items():
             self._find_stuck(samples, index, limit, found)
         return replace(samples, problems={**found, **samples.problems}) if found else samples
+
+    def _timed(self, samples: Samples, now_us: int) -> Samples:
+        at = samples.event_time
+        # A device that has lost its clock cannot say what lies ahead.
+        latest = now_us + AHEAD_US if now_us >= EARLIEST_US else np.iinfo(np.int64).max
+        bad = (at < EARLIEST_US) | (at > latest)
+        if not bad.any():
+            return samples
+        rows = np.flatnonzero(bad).tolist()
+        self.counts["time"] += len(rows)
+        found = {row: _untimely(int(at[row])) for row in rows}
+        return replace(samples, event_time=np.where(bad, now_us, at), problems={**found, **samples.problems})
 
     def _missing(self, values: npt.NDArray[np.float64], found: dict[int, str]) -> None:
         for row, column in np.argwhere(~np.isfinite(values)).tolist():
@@ -92,6 +113,16 @@ class Quality:
                 found.setdefault(
                     row, f"{name}: stuck at {value:g} for {length} readings, the limit is {limit}"
                 )
+
+
+def _untimely(at_us: int) -> str:
+    if at_us < EARLIEST_US:
+        return f"time: {at_us / 1e6:g} s since 1970 lies before the year 2000"
+    try:
+        shown = f"{datetime.datetime.fromtimestamp(at_us // 10**6, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    except (ValueError, OverflowError):
+        shown = f"{at_us / 1e6:g} s since 1970"
+    return f"time: {shown} is more than a day ahead of this device's clock"
 
 
 def _run_lengths(read: npt.NDArray[np.float64], last: float, count: int) -> npt.NDArray[np.int64]:

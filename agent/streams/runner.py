@@ -210,7 +210,7 @@ class StreamRunner:
             samples, self._position = continue_sequence(samples, self._position)
             if not len(samples):
                 self._acknowledge()  # repeats: the sensor has not heard of it
-        return self._quality.apply(samples)
+        return self._quality.apply(samples, self._clock.now())
 
     def _fit(self) -> None:
         """Look whether the slot has another model, and whether this stream fits it."""

@@ -1,4 +1,4 @@
-"""Open buckets of event time per series; a bucket closes when a later one has begun."""
+"""Open buckets of event time per series; a bucket closes when values of a later one come in."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Trends:
             )
         )  # fmt: skip
         first, last = int(buckets.min()), int(buckets.max())
-        self._newest = max(self._newest, last)
+        # Not the newest of all: one time that lies ahead would close every later message's bucket at once.
+        self._newest = last
         for bucket in [first] if first == last else np.unique(buckets).tolist():
             mask = None if first == last else buckets == bucket
             for name, values in series.items():

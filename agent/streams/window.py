@@ -43,7 +43,8 @@ class Windows:
     By count, sliding windows overlap by `count - slide` samples and none is late. By event time, window
     number k begins at k * slide (tumbling: slide = size). Where the watermark stood when a sample arrived
     decides which windows still take it, so the result does not depend on how messages are cut. A sample
-    for which all windows have closed comes out at once as late.
+    for which all windows have closed comes out at once as late. Samples with a problem do not move the
+    watermark.
 
     After `timeout` what is open closes, even if it is not full, and is forgotten, overlap included. The
     watermark stays: later samples of that time open the window again. The same happens when the sensor
@@ -172,7 +173,12 @@ class Windows:
     ) -> list[Closed]:
         at = np.clip(part.event_time, -_FAR, _FAR)
         mark = self._marks.get(key, -2 * _FAR)
-        newest = np.maximum.accumulate(at) - self._lateness
+        believed = at
+        if part.problems:
+            # What is wrong with a sample may be its time: it must not make the others late.
+            believed = at.copy()
+            believed[list(part.problems)] = -_FAR
+        newest = np.maximum.accumulate(believed) - self._lateness
         before = np.maximum(np.concatenate(([mark], newest[:-1])), mark)
         mark = max(mark, int(newest[-1]))
         self._marks[key] = mark

@@ -18,6 +18,9 @@ from edgeward.wire.topics import Lane
 
 MAX_BATCH_ROWS = 10_000
 MAX_BATCH_BYTES = 16 << 20
+#: Event times that a trend store takes: from the year 2000 on, and at most a day ahead of its clock.
+EARLIEST_US = 946_684_800_000_000
+AHEAD_US = 86_400_000_000
 
 
 class ResultRow(Struct, frozen=True, array_like=True):

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from agent.streams.quality import Quality
 from agent.streams.samples import Samples
 from edgeward.wire.streams import Check
 
+NOW = 1_700_000_000.0
 CHECKS = {
     "a": Check(minimum=-1.0, maximum=2.0, stuck_after=3),
     "c": Check(maximum=1.0),
@@ -28,7 +30,7 @@ def samples(
     rows: list[list[float]], keys: tuple[str, ...] = (), problems: dict[int, str] | None = None
 ) -> Samples:
     return Samples(
-        np.arange(len(rows), dtype=np.int64),
+        round(NOW * 1e6) + np.arange(len(rows), dtype=np.int64),
         np.array(rows, dtype=float).reshape(len(rows), len(rows[0]) if rows else 4),
         keys,
         problems=problems or {},
@@ -75,22 +77,21 @@ def test_any_split_marks_and_counts_like_one_reading_at_a_time(
     bounds = sorted({0, len(rows), *(min(cut, len(rows)) for cut in cuts)})
     for first, stop in itertools.pairwise(bounds):
         batch = samples(rows[first:stop], tuple(keys[first:stop]) if keyed else ())
-        marked |= {first + index for index in quality.apply(batch).problems}
+        marked |= {first + index for index in quality.apply(batch, NOW).problems}
     assert (marked, quality.counts) == naive(rows, keys)
 
 
 def test_the_problem_names_feature_reading_and_limit() -> None:
     quality = Quality(FEATURES, CHECKS)
-    got = quality.apply(
-        samples([[5, 0, 0, 1], [-4, 0, 0, 1], [0, math.nan, 0, 2], [0, math.inf, 0, 3]], problems={3: "unit"})
-    )
+    rows = [[5, 0, 0, 1], [-4, 0, 0, 1], [0, math.nan, 0, 2], [0, math.inf, 0, 3]]
+    got = quality.apply(samples(rows, problems={3: "unit"}), NOW)
     assert got.problems == {
         0: "a: 5 is above the maximum 2",
         1: "a: -4 is below the minimum -1",
         2: "b: missing",
         3: "unit",
     }
-    again = quality.apply(samples([[0, 0, 0, 3]]))
+    again = quality.apply(samples([[0, 0, 0, 3]]), NOW)
     assert again.problems == {0: "a: stuck at 0 for 3 readings, the limit is 3"}
     assert quality.counts["stuck:d"] == 2
 
@@ -98,24 +99,26 @@ def test_the_problem_names_feature_reading_and_limit() -> None:
 def test_good_samples_come_back_as_the_same_object() -> None:
     quality = Quality(FEATURES, {"a": Check(minimum=0.0)})
     good = samples([[1, 2, 3, 4]])
-    assert quality.apply(good) is good
-    assert quality.apply(samples([])).problems == {}
+    assert quality.apply(good, NOW) is good
+    assert quality.apply(samples([]), NOW).problems == {}
 
 
 def test_images_pass_unchanged() -> None:
-    images = Samples(np.zeros(2, np.int64), np.zeros((2, 4, 4, 3), np.uint8))
-    assert Quality([], {}).apply(images) is images
+    images = Samples(np.full(2, round(NOW * 1e6)), np.zeros((2, 4, 4, 3), np.uint8))
+    assert Quality([], {}).apply(images, NOW) is images
 
 
 def test_finite_readings_whose_sum_overflows_are_not_missing() -> None:
     quality = Quality(["a", "b"], {})
-    assert quality.apply(samples([[1e308, 1e308]])).problems == {}
+    assert quality.apply(samples([[1e308, 1e308]]), NOW).problems == {}
 
 
 def test_the_memory_of_keys_is_bounded() -> None:
     quality = Quality(["d"], {"d": Check(stuck_after=2)})
     for start in range(0, 3 * keys_module.MAX_KEYS, 1000):
-        quality.apply(samples([[float(i)] for i in range(1000)], tuple(f"k{start + i}" for i in range(1000))))
+        quality.apply(
+            samples([[float(i)] for i in range(1000)], tuple(f"k{start + i}" for i in range(1000))), NOW
+        )
     assert len(quality._runs[0]) == keys_module.MAX_KEYS
     recent: Recent[int] = Recent(2)
     for key in ("a", "b", "a", "c"):
@@ -132,3 +135,28 @@ def test_groups_keep_the_order_of_samples_and_of_first_appearance() -> None:
     assert list(groups((), 3)) == [("", None)]
     assert list(groups(("k", "k"), 2)) == [("k", None)]
     assert list(groups((), 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "now", "says"),
+    [
+        (100.0, NOW, "time: 100 s since 1970 lies before the year 2000"),
+        (100.0, 5.0, "time: 100 s since 1970 lies before the year 2000"),
+        (NOW + 86_401, NOW, "2023-11-15T22:13:21Z is more than a day ahead of this device's clock"),
+        (1e11 - 1, NOW, "5138-11-16T09:46:39Z is more than a day ahead"),
+        (NOW + 86_399, NOW, ""),
+        (NOW - 10 * 365 * 86_400, NOW, ""),
+        (NOW, 5.0, ""),
+    ],
+)
+def test_a_time_that_no_store_takes_is_a_problem_of_its_sample_alone(
+    at: float, now: float, says: str
+) -> None:
+    quality = Quality(["a"], {})
+    times = np.array([round(NOW * 1e6), round(at * 1e6)])
+    got = quality.apply(Samples(times, np.ones((2, 1))), now)
+    if not says:
+        assert got.problems == {} and not quality.counts and got.event_time.tolist() == times.tolist()
+        return
+    assert says in got.problems[1] and list(got.problems) == [1] and quality.counts == {"time": 1}
+    assert got.event_time.tolist() == [times[0], round(now * 1e6)]

@@ -50,6 +50,7 @@ from edgeward.wire.streams import (
 from edgeward.wire.topics import Lane
 
 ME = DeviceName("north", "turbine-1")
+T0 = 1_700_000_000.0
 
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -156,7 +157,7 @@ class Rig:
     def send(self, rows: list[tuple[Any, Any]], first: int = 0, epoch: str = "e") -> None:
         assert self.wire.receive is not None
         message = [
-            {"epoch": epoch, "seq": first + n, "t": 1000.0 + first + n, "v": {"i": i, "b": b}}
+            {"epoch": epoch, "seq": first + n, "t": T0 + first + n, "v": {"i": i, "b": b}}
             for n, (i, b) in enumerate(rows)
         ]
         self.wire.receive("t", json.dumps(message).encode())
@@ -195,7 +196,7 @@ def test_every_sample_is_stored_once_and_visibly_predicted_or_not(rig: Rig) -> N
     assert [row.outputs.get("score") for row in results] == [1.5, 60.25, None, None, None, None, 4.125, 5.0]
     assert [row.provider for row in results].count("") == 4
     assert all(row.revision == 3 and row.digest == "1" * 64 and row.stream == "s" for row in results)
-    assert results[1].event_time == 1001_000_000
+    assert results[1].event_time == (T0 + 1) * 1_000_000
     (alarm,) = rig.rows("alarm")
     assert (alarm.source_seq, alarm.value, alarm.threshold) == (1, 60.25, 50.0)
     assert len(rig.rows("sample")) == 8
@@ -290,7 +291,7 @@ def test_conditions_debounce_and_act_on_inputs_and_outputs(rig: Rig) -> None:
     assert (
         message["action"] == "hot" and message["outputs"] == {"score": 60.75} and message["source_seq"] == 3
     )
-    assert message["event_time"] == 1003.0 and message["device"] == "turbine-1"
+    assert message["event_time"] == T0 + 3 and message["device"] == "turbine-1"
     (line,) = (rig.folder / "alarms.jsonl").read_text().splitlines()
     assert json.loads(line)["value"] == 60.75
     assert rig.runner is not None
@@ -302,7 +303,7 @@ def test_conditions_debounce_and_act_on_inputs_and_outputs(rig: Rig) -> None:
 def test_windows_with_an_aggregate_infer_once_and_account_for_each_sample(rig: Rig) -> None:
     rig.activate()
     rig.start(window=Window(size=10, lateness=0, timeout=60, aggregate="mean"))
-    rig.send([(2, 0.0)] * 20)  # event times 1000 to 1019
+    rig.send([(2, 0.0)] * 20)  # event times T0 to T0 + 19
     rig.send([(9, 0.0)] * 11, first=20)  # and on to 1030, which closes [1020, 1030)
     until(lambda: rig.wire.acked() == ("e", 29))
     assert [row.outputs["score"] for row in rig.rows("result")] == [2.0] * 20 + [9.0] * 10
@@ -315,9 +316,38 @@ def test_what_goes_up_follows_the_policy_and_trends_follow_the_event_time(rig: R
     until(lambda: rig.wire.acked() == ("e", 20))
     assert [row.source_seq for row in rig.rows("result")] == [0, 15, 20]
     trends = {(row.bucket // 10**6, row.series): row for row in rig.rows("trend")}
-    first = trends[(1000, "output:score")]
+    first = trends[(int(T0), "output:score")]
     assert (first.count, first.mean, first.maximum) == (10, 1.0, 1.0) and first.sketch
-    assert trends[(1010, "feature:i")].mean == pytest.approx(2.5)
+    assert trends[(int(T0) + 10, "feature:i")].mean == pytest.approx(2.5)
+
+
+def test_one_time_that_lies_ahead_does_not_tear_the_trends_apart(rig: Rig) -> None:
+    rig.activate()
+    rig.start(publish=Publish(results="none", trend_bucket=100))
+    rig.send([(1, 0.0)])
+    ahead = {"epoch": "e", "seq": 1, "t": T0 + 5000, "v": {"i": 1, "b": 0.0}}
+    rig.wire.receive("t", json.dumps(ahead).encode())
+    for number in range(2, 22):
+        rig.send([(1, 0.0)], first=number)
+        until(lambda number=number: rig.wire.acked() == ("e", number))
+    rows = [row for row in rig.rows("trend") if row.series == "output:score"]
+    assert len(rows) <= 1, "the bucket is still open"
+
+
+def test_a_sample_without_a_time_makes_no_other_late(rig: Rig) -> None:
+    rig.activate()
+    rig.start(
+        source=Source(mqtt=MqttSource(topic="t", time="t", values="v")),
+        window=Window(size=2, aggregate="mean", timeout=0.3),
+    )
+    times = [*range(6), None, 1e9, *range(6, 20)]
+    for at in times:
+        sample = {"v": {"i": 1, "b": 0.0}} | ({"t": T0 + at} if at is not None else {})
+        rig.wire.receive("t", json.dumps(sample).encode())
+    until(lambda: len(rig.rows("result")) == len(times))
+    assert sum(1 for row in rig.rows("result") if not row.outputs) == 2
+    report = rig.runner.report()
+    assert report.late == 0 and report.problems == {"time": 1}
 
 
 def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
@@ -327,7 +357,7 @@ def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
     )
     push = runner.push
     assert push is not None
-    body = json.dumps([{"t": 1.0, "v": {"i": 7, "b": 0}}, {"t": 2.0, "v": {"i": 8, "b": 0}}]).encode()
+    body = json.dumps([{"t": T0 + 1, "v": {"i": 7, "b": 0}}, {"t": T0 + 2, "v": {"i": 8, "b": 0}}]).encode()
     status, answer = push.handle({"content-type": "application/json"}, body)
     assert status == 200 and json.loads(answer)["taken"] == 2
     until(lambda: len(rig.rows("result")) == 2)
@@ -508,7 +538,7 @@ def test_images_of_several_sizes_are_inferred_each_by_its_own(rig: Rig, tmp_path
         numbers = np.arange(first, first + count)
         until(
             lambda images=images, numbers=numbers: runner.take(
-                Samples(numbers, images, epoch="f", seq=numbers)
+                Samples(numbers + round(T0 * 1e6), images, epoch="f", seq=numbers)
             )
         )
         first += count
