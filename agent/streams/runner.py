@@ -20,7 +20,7 @@ from agent.runtime.port import Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots import ActiveModel
 from agent.state import State
-from agent.streams.decode.sequence import Position, continue_sequence
+from agent.streams.decode.sequence import Joining, Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
 from agent.streams.figures import Figures
 from agent.streams.infer import infer_all
@@ -32,7 +32,7 @@ from agent.streams.results import Lineage, Outputs, alarm_rows, read_outputs, re
 from agent.streams.samples import Samples
 from agent.streams.signature import Signature, match
 from agent.streams.sources.factory import build, numbers_samples
-from agent.streams.sources.mqtt import MqttLink, fill_in
+from agent.streams.sources.mqtt import MqttLink, MqttSampleSource, fill_in
 from agent.streams.sources.push import PushSource
 from agent.streams.trends import Trends
 from agent.streams.window import Closed, Windows
@@ -78,9 +78,10 @@ class StreamRunner:
         self._clock = clock
         self._active = active
         self._committed = committed
-        source = spec.source.one()
-        self._source_key = fill_in(getattr(source, "topic", "") or f"stream:{target.name}", name)
+        # Streams that share a topic are not equally far.
+        self._source_key = f"{target.name}:{fill_in(getattr(spec.source.one(), 'topic', ''), name)}"
         self._numbered = numbers_samples(spec.source)
+        self._joining = Joining()
         self._position = state.source(self._source_key) if self._numbered else None
         self._durable = self._position
         self.source = build(
@@ -121,6 +122,15 @@ class StreamRunner:
         self.failed = False
         self._thread = threading.Thread(target=self._work, name=f"stream-{target.name}", daemon=True)
 
+    def announce(self) -> None:
+        """To be called for all streams of a device before the first starts: a sensor that several read must
+        not be told that one has its samples before the others are known."""
+        self._reading(self._active(self._spec.slot) is not None)
+
+    def _reading(self, reading: bool) -> None:
+        if isinstance(self.source, MqttSampleSource):
+            self.source.reading(reading)
+
     def start(self) -> None:
         self._writer.start()
         self._thread.start()
@@ -145,7 +155,9 @@ class StreamRunner:
 
     def take(self, samples: Samples) -> bool:
         """See Sink. Nothing is taken while no model fits: the samples wait at the sensor."""
-        if self._active(self._spec.slot) is None or self._reason:
+        fits = self._active(self._spec.slot) is not None and not self._reason
+        self._reading(fits)
+        if not fits:
             return False
         with self._arrived:
             if len(self._queue) >= QUEUE_MESSAGES or self._queued >= QUEUE_SAMPLES:
@@ -206,8 +218,9 @@ class StreamRunner:
 
     def _accept(self, samples: Samples) -> Samples:
         """Those that are new, with what is wrong with them; none may be left."""
-        if self._numbered:
-            samples, self._position = continue_sequence(samples, self._position)
+        if self._numbered and len(samples):
+            position = self._joining.position(samples, self._position)
+            samples, self._position = continue_sequence(samples, position)
             if not len(samples):
                 self._acknowledge()  # repeats: the sensor has not heard of it
         return self._quality.apply(samples, self._clock.now())

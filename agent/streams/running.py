@@ -63,14 +63,21 @@ class Streams:
         for name in [name for name, runner in self._running.items() if wanted.get(name) != runner.target]:
             self._running.pop(name).stop()
         self._refused = {name: item for name, item in self._refused.items() if wanted.get(name) == item[0]}
-        for name, target in wanted.items():
-            if name in self._running or name in self._refused:
-                continue
-            self._start(target)
+        self._start(
+            [target for name, target in wanted.items() if name not in {*self._running, *self._refused}]
+        )
 
-    def _start(self, target: StreamTarget) -> None:
+    def _start(self, targets: list[StreamTarget]) -> None:
+        made = [runner for target in targets if (runner := self._made(target)) is not None]
+        for runner in made:
+            runner.announce()
+        for runner in made:
+            self._running[runner.target.name] = runner
+            runner.start()
+
+    def _made(self, target: StreamTarget) -> StreamRunner | None:
         try:
-            runner = StreamRunner(
+            return StreamRunner(
                 target,
                 self._name,
                 self._state,
@@ -83,9 +90,7 @@ class Streams:
         except EdgewardError as error:
             log.error("stream %s cannot run here: %s", target.name, error)
             self._refused[target.name] = (target, str(error))
-            return
-        self._running[target.name] = runner
-        runner.start()
+            return None
 
     def problem(self, slot: str, opened: Opened) -> str:
         """Why a stream of this slot cannot feed a model; empty when all can."""
@@ -115,7 +120,7 @@ class Streams:
         for name in [name for name, runner in self._running.items() if runner.failed]:
             runner = self._running.pop(name)
             runner.stop()
-            self._start(runner.target)
+            self._start([runner.target])
         return reports
 
     def handle(self, request: Request, respond: Respond) -> None:

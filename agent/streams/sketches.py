@@ -63,6 +63,10 @@ class Sketch:
         return b"" if self._sketch.is_empty() else bytes(self._sketch.serialize())
 
 
+#: A number beyond it would make the sum of squares infinite, and cost the whole bucket.
+_SQUARABLE = 1e150
+
+
 @dataclass
 class Statistics:
     """Count, mean, squared deviations, extremes and a histogram; merged exactly (Chan et al. 1979).
@@ -81,8 +85,9 @@ class Statistics:
     sketch: Sketch = field(default_factory=Sketch)
 
     def add(self, values: Floats) -> None:
-        """Take in finite numbers; others count as missing."""
-        finite = values[np.isfinite(values)]
+        """Take in numbers whose squares are finite; others count as missing."""
+        with np.errstate(invalid="ignore"):
+            finite = values[np.abs(values) < _SQUARABLE]
         self.missing += len(values) - len(finite)
         if len(finite) == 0:
             return

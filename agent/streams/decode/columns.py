@@ -17,7 +17,7 @@ MAX_TEXT = 256
 MAX_EPOCH = 64
 MAX_SEQ = 1 << 60  # the first number that is too large
 
-_LARGEST = 1e300
+_LARGEST = 1e150
 
 
 def clean_text(text: str) -> str:

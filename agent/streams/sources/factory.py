@@ -41,7 +41,7 @@ def build(
     spec = source.one()
     match spec:
         case MqttSource():
-            return MqttSampleSource(spec, features, quality, name, link, clock)
+            return MqttSampleSource(spec, features, quality, name, link, clock, position)
         case HttpSource():
             return PushSource(spec, features, quality, clock, position)
         case FilesSource():

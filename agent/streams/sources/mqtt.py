@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-import msgspec
-
 from agent.streams.decode.decoder import Decoder, decoder_for
+from agent.streams.decode.sequence import Position
 from agent.streams.sources.port import Sink
 from agent.streams.sources.waiting import offer
 from edgeward.clock import Clock
@@ -36,16 +35,18 @@ class MqttLink(Protocol):
 
     def unsubscribe(self, topic: str) -> None: ...
 
+    def expect_acks(self, topic: str, position: Position | None, *, expected: bool = True) -> None:
+        """Whether this reader acknowledges what comes on a numbering sensor's topic, having `position`."""
+        ...
+
+    def acknowledge(self, topic: str, epoch: str, seq: int) -> None:
+        """Everything up to here is durable for this reader: the sensor is told on `{topic}/ack` how far all
+        readers of its topic are."""
+        ...
+
     def publish(self, topic: str, payload: bytes) -> bool:
         """False when the broker is not connected."""
         ...
-
-
-class SensorAck(msgspec.Struct):
-    """Told to a numbering sensor on `{topic}/ack`: everything up to here is durable."""
-
-    epoch: str
-    seq: int
 
 
 def fill_in(topic: str, name: DeviceName) -> str:
@@ -64,13 +65,19 @@ class MqttSampleSource:
         name: DeviceName,
         link: MqttLink,
         clock: Clock,
+        position: Position | None = None,
     ) -> None:
-        """Raises InvalidDocument or MissingDependency when the payload format cannot be decoded."""
+        """`position` is what the stream has committed last.
+
+        Raises InvalidDocument or MissingDependency when the payload format cannot be decoded."""
         self.topic = fill_in(spec.topic, name)
         self._link = link
         self._clock = clock
         self._sink: Sink | None = None
         self._queue: queue.Queue[tuple[str, bytes]] = queue.Queue(QUEUE_MESSAGES)
+        self._numbered = spec.sequence
+        self._position = position
+        self._reading = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"mqtt-{self.topic}", daemon=True)
         self._subscriptions = [self.topic]
@@ -118,8 +125,15 @@ class MqttSampleSource:
         if self._thread.is_alive():
             self._thread.join(5)
 
+    def reading(self, reading: bool) -> None:
+        """Whether the stream takes samples now: a sensor that others read too need not wait while it does not."""
+        if self._numbered and reading != self._reading:
+            self._reading = reading
+            self._link.expect_acks(self.topic, self._position, expected=reading)
+
     def committed(self, epoch: str, seq: int) -> None:
-        self._link.publish(f"{self.topic}/ack", msgspec.json.encode(SensorAck(epoch, seq)))
+        self._position = epoch, seq
+        self._link.acknowledge(self.topic, epoch, seq)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         """Runs on the connection's thread, which must not wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.streams.decode.sequence import Joining, continue_sequence
 from agent.streams.examples import make_examples
 from agent.streams.infer import infer_all
 from agent.streams.local_link import LocalLink, StreamLink, matches
@@ -260,3 +262,53 @@ def test_streams_share_a_topic_until_the_last_one_leaves() -> None:
     assert ("unsubscribe", "a/+") not in wire
     other.unsubscribe("a/+")
     assert wire[-1] == ("unsubscribe", "a/+")
+
+
+def test_a_sensor_that_several_read_hears_what_all_of_them_have() -> None:
+    told: list[Any] = []
+    link = LocalLink(
+        lambda topic: None,
+        lambda topic: None,
+        lambda topic, payload: bool(told.append(json.loads(payload))) or True,
+    )
+    one, other = StreamLink(link), StreamLink(link)
+    for reader, position in ((one, ("e", 5)), (other, None)):
+        reader.subscribe("t", lambda topic, payload: None)
+        reader.expect_acks("t", position)
+    one.acknowledge("t", "e", 9)
+    assert told == [], "the other has nothing yet"
+    other.acknowledge("t", "e", 7)
+    one.acknowledge("t", "e", 12)
+    assert told == [{"epoch": "e", "seq": 7}] * 2
+    other.acknowledge("t", "f", 3)
+    assert len(told) == 2, "of two epochs neither is what both have"
+    one.acknowledge("t", "f", 1)
+    assert told[-1] == {"epoch": "f", "seq": 1}
+    other.expect_acks("t", None, expected=False)
+    one.acknowledge("t", "f", 8)
+    assert told[-1] == {"epoch": "f", "seq": 8}, "the other takes nothing at the moment"
+    other.expect_acks("t", ("f", 3))
+    one.acknowledge("t", "f", 9)
+    assert told[-1] == {"epoch": "f", "seq": 3}
+    other.unsubscribe("t")
+    one.acknowledge("t", "f", 9)
+    assert told[-1] == {"epoch": "f", "seq": 9}
+
+
+def numbered(first: int, count: int, epoch: str = "e") -> Samples:
+    at = np.arange(first, first + count)
+    return Samples(at, np.zeros((count, 1)), epoch=epoch, seq=at)
+
+
+def test_a_stream_that_is_newer_than_the_sensors_numbers_begins_where_the_sensor_begins_again() -> None:
+    joining, position = Joining(), None
+    for first, expected in ((20, None), (25, None), (21, None), (25, ("e", 24))):
+        position = joining.position(numbered(first, 5), position)
+        assert position == expected
+    got, position = continue_sequence(numbered(25, 5), position)
+    assert len(got) == 5 and position == ("e", 29)
+    assert joining.position(numbered(40, 5), position) == position, "a hole is a hole"
+    assert joining.position(numbered(40, 5), position) == position
+    assert joining.position(numbered(3, 1, "f"), position) == position, "number 0 may only be late"
+    assert joining.position(numbered(0, 1, "f"), position) == position
+    assert continue_sequence(numbered(0, 1, "f"), position)[1] == ("f", 0)

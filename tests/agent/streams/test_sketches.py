@@ -64,3 +64,11 @@ def test_drift_is_measured_in_the_bins_of_the_baseline() -> None:
     live.add(["b", "a"], np.array([[9.0, 1.0]] * 8))
     assert live.psi()["a"] == pytest.approx(psi([0.5, 0.5], [1, 9])) and live.psi()["a"] > 0.25
     assert psi([0.5, 0.5], [0, 0]) == 0.0
+
+
+def test_one_absurd_number_does_not_cost_its_bucket() -> None:
+    statistics = Statistics([])
+    statistics.add(np.array([1.0, 1e200, -1e300, np.inf, np.nan, 3.0]))
+    assert (statistics.count, statistics.missing, statistics.mean, statistics.m2) == (2, 4, 2.0, 2.0)
+    statistics.add(np.full(1000, 9e149) * np.array([1, -1] * 500))
+    assert np.isfinite([statistics.mean, statistics.m2]).all()

@@ -30,6 +30,10 @@ class NoLink:
 
     def unsubscribe(self, topic: str) -> None: ...
 
+    def expect_acks(self, topic: str, position: Any, *, expected: bool = True) -> None: ...
+
+    def acknowledge(self, topic: str, epoch: str, seq: int) -> None: ...
+
     def publish(self, topic: str, payload: bytes) -> bool:
         return False
 

@@ -32,6 +32,11 @@ class PlayedLink:
     def unsubscribe(self, topic: str) -> None:
         self.subscribed.pop(topic)
 
+    def expect_acks(self, topic: str, position: Any, *, expected: bool = True) -> None: ...
+
+    def acknowledge(self, topic: str, epoch: str, seq: int) -> None:
+        self.publish(f"{topic}/ack", json.dumps({"epoch": epoch, "seq": seq}).encode())
+
     def publish(self, topic: str, payload: bytes) -> bool:
         if self.connected:
             self.sent.append((topic, payload))
@@ -61,7 +66,7 @@ def test_messages_become_samples_and_commits_acks(sink: Any, until: Until, start
     until(lambda: sink.values == [[1], [2], [3]])
     assert sink.counts == {"rejected": 1}
     bench.source.committed("e", 2)
-    assert bench.link.sent == [("sensors/north/turbine-1/ack", b'{"epoch":"e","seq":2}')]
+    assert bench.link.sent == [("sensors/north/turbine-1/ack", b'{"epoch": "e", "seq": 2}')]
     bench.source.stop()
     assert not bench.link.subscribed
 
