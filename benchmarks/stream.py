@@ -88,7 +88,7 @@ def _spec(features: list[str], publish: Publish, *, count: int, sequence: bool) 
 
 def _model(engine: Engine, threshold: float) -> ActiveModel:
     """The boosting in a worker, as a slot holds it; its package is never on the disk here."""
-    manifest = SimpleNamespace(baseline={}, decision=Decision("variable", threshold))
+    manifest = SimpleNamespace(baseline={}, features=[], decision=Decision("variable", threshold))
     package = SimpleNamespace(
         ref=ModelRef("boosting", 1, "0" * 64), manifest=manifest, variant=SimpleNamespace(name="onnx-cpu")
     )

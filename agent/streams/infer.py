@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,26 @@ def infer_all(
             if name not in outputs:
                 outputs[name] = np.full((count, *values.shape[1:]), np.nan)
             outputs[name][first:last] = values
+    return outputs, answered, refusal
+
+
+def infer_fitting(
+    ask: Ask, examples: Array, misfits: Collection[int], *, single: bool
+) -> tuple[dict[str, Array], npt.NDArray[np.bool_], str]:
+    """As `infer_all`, without asking for the examples in `misfits`: they are not answered."""
+    if not misfits:
+        return infer_all(ask, examples, single=single)
+    answered = np.ones(len(examples), np.bool_)
+    answered[list(misfits)] = False
+    fitting = np.flatnonzero(answered)
+    if not len(fitting):
+        return {}, answered, ""
+    got, taken, refusal = infer_all(ask, examples[fitting], single=single)
+    answered[fitting] = taken
+    outputs = {}
+    for name, values in got.items():
+        outputs[name] = np.full((len(examples), *values.shape[1:]), np.nan)
+        outputs[name][fitting] = values
     return outputs, answered, refusal
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,14 @@ def read_outputs(got: dict[str, Array], count: int, decision: Decision | None) -
         # NaN compares false either way: a model that says nothing raises no alarm.
         alarm = value > decision.threshold if decision.direction == "above" else value < decision.threshold
     return Outputs(columns, scores, alarm, np.ones(count, np.bool_))
+
+
+def without_not_finite(outputs: Outputs) -> Outputs:
+    """Not answered where an output is NaN or infinite."""
+    answered = outputs.answered.copy()
+    for values in outputs.columns.values():
+        answered &= np.isfinite(values)
+    return replace(outputs, alarm=outputs.alarm & answered, answered=answered)
 
 
 def result_rows(

@@ -23,12 +23,20 @@ from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
 from agent.streams.figures import Figures
-from agent.streams.infer import infer_all
+from agent.streams.infer import infer_fitting
 from agent.streams.positions import Positions
 from agent.streams.publish import Selection
 from agent.streams.quality import Quality
 from agent.streams.reactions import Reactions
-from agent.streams.results import Lineage, Outputs, alarm_rows, read_outputs, result_rows, sample_rows
+from agent.streams.results import (
+    Lineage,
+    Outputs,
+    alarm_rows,
+    read_outputs,
+    result_rows,
+    sample_rows,
+    without_not_finite,
+)
 from agent.streams.samples import Samples
 from agent.streams.signature import Signature, match
 from agent.streams.sources.factory import build, numbers_samples
@@ -236,7 +244,9 @@ class StreamRunner:
             return
         manifest = model.package.manifest
         try:
-            self._signature = match(self._spec, model.runner.inputs, model.runner.outputs, manifest.decision)
+            self._signature = match(
+                self._spec, model.runner.inputs, model.runner.outputs, manifest.decision, manifest.features
+            )
             self._selection = Selection(self._spec.publish, manifest.decision)
             self._reason = ""
         except (InvalidDocument, PackageError) as error:
@@ -330,9 +340,10 @@ class StreamRunner:
             ) -> dict[str, Any]:
                 return model.runner.infer(signature.feed(rows, features))
 
+            misfits = signature.misfits(examples.inputs, features)
             began = self._clock.monotonic()
             try:
-                got, answered, refusal = infer_all(ask, examples.inputs, single=signature.single)
+                got, answered, refusal = infer_fitting(ask, examples.inputs, misfits, single=signature.single)
             except WorkerStopped:
                 self._stop.wait(0.01)
                 continue
@@ -348,11 +359,19 @@ class StreamRunner:
                     self._stop.wait(0.2 * tries)
                     continue
                 got, answered, refusal = {}, np.zeros(len(examples), np.bool_), str(error)
+            for feature, text in misfits.values():
+                self._quality.counts[f"misfit:{feature}"] += 1
+                refusal = text
             outputs = read_outputs(got, len(examples), decision if got else None)
             if not answered.all():
                 self.count("refused", int((~answered).sum()))
                 log.warning("stream %s: the model refused samples: %s", self.target.name, refusal)
                 outputs = Outputs(outputs.columns, outputs.scores, outputs.alarm & answered, answered)
+            if got and model.policy.nan == "reject":
+                checked = without_not_finite(outputs)
+                if wrong := int((outputs.answered & ~checked.answered).sum()):
+                    self.count("not_finite", wrong)
+                outputs = checked
             return model, outputs, (self._clock.monotonic() - began) * 1e3
 
     # figures

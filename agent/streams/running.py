@@ -98,7 +98,13 @@ class Streams:
         for name, stream in list(self._running.items()):
             if stream.target.spec.slot == slot:
                 try:
-                    match(stream.target.spec, runner.inputs, runner.outputs, manifest.decision)
+                    match(
+                        stream.target.spec,
+                        runner.inputs,
+                        runner.outputs,
+                        manifest.decision,
+                        manifest.features,
+                    )
                 except (InvalidDocument, PackageError) as error:
                     return f"stream {name}: {error}"
         return ""

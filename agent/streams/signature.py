@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,11 +53,50 @@ class Signature:
             return {spec.name: np.ascontiguousarray(examples, dtype=dtype) / dtype.type(255)}
         return {spec.name: np.ascontiguousarray(examples, dtype=dtype)}
 
+    def misfits(self, examples: Array, features: list[str]) -> dict[int, tuple[str, str]]:
+        """Which of `examples` `[n, ...]` the model's types cannot hold: the feature, and what is wrong.
+
+        To convert them all the same would show the model, and conditions, other numbers than the sensor's.
+        """
+        if self.layout in ("nchw", "nhwc"):
+            return {}
+        found: dict[int, tuple[str, str]] = {}
+        if self.layout == "columns":
+            columns = [(features.index(spec.name), spec.dtype) for spec in self.inputs]
+            for column, dtype in columns:
+                _find_misfits(examples[:, [column]], [features[column]], dtype, found)
+        else:
+            _find_misfits(examples, features, self.inputs[0].dtype, found)
+        return found
+
+
+def _find_misfits(values: Array, features: list[str], name: str, found: dict[int, tuple[str, str]]) -> None:
+    """`values` is `[n, ..., len(features)]`."""
+    dtype = np.dtype(name)
+    if dtype.kind == "f":
+        bad = np.abs(values) > np.finfo(dtype).max
+    elif dtype.kind == "b":
+        bad = (values != 0) & (values != 1)
+    else:
+        limits = np.iinfo(dtype)
+        # The largest 64-bit integers are no doubles: the next double is one too many already.
+        bad = (values < limits.min) | (values >= float(limits.max) + 1) | (values != np.floor(values))
+    if not bad.any():
+        return
+    for place in np.argwhere(bad).tolist():
+        feature = features[place[-1]]
+        text = f"{feature}: {float(values[tuple(place)])!r} is not a number of the model's type {name}"
+        found.setdefault(place[0], (feature, text))
+
 
 def match(
-    spec: StreamSpec, inputs: list[TensorSpec], outputs: list[TensorSpec], decision: Decision | None
+    spec: StreamSpec,
+    inputs: list[TensorSpec],
+    outputs: list[TensorSpec],
+    decision: Decision | None,
+    made_from: Sequence[str] = (),
 ) -> Signature:
-    """How `spec` feeds a model of this signature.
+    """How `spec` feeds a model of this signature; `made_from` are the features its package names, in order.
 
     Raises PackageError naming the tensor and what the stream gives, InvalidDocument for a condition that
     names neither an output nor a feature.
@@ -70,6 +110,13 @@ def match(
         found = _columns(inputs)
     else:
         found = _matrix(inputs, "rows", [len(spec.features)])
+    if found.layout in ("rows", "stack") and made_from and list(made_from) != spec.features:
+        order = "in another order" if sorted(made_from) == sorted(spec.features) else "other ones"
+        raise PackageError(
+            f"the model was made from the features {', '.join(made_from)}, the stream gives {order}: "
+            f"{', '.join(spec.features)}",
+            hint="name them like the model does; source.fields says where each of them lies in a message",
+        )
     for item in outputs:
         if item.dtype == "bytes":
             raise PackageError(f"output {item.name} is text, which a stream cannot store")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.streams.decode.sequence import Joining, continue_sequence
 from agent.streams.examples import make_examples
-from agent.streams.infer import infer_all
+from agent.streams.infer import Array, infer_all, infer_fitting
 from agent.streams.local_link import LocalLink, StreamLink, matches
 from agent.streams.positions import Positions
 from agent.streams.samples import Samples
@@ -152,6 +152,51 @@ def test_a_stream_feeds_the_model_as_its_signature_asks() -> None:
     assert planes.feed(images, [])["x"].shape == (1, 3, 4, 6) and planes.feed(images, [])["x"].max() == 1.0
     pixels = match(spec([], source=camera), [TensorSpec("x", "uint8", [-1, 4, 6, 3])], OUT, None)
     assert pixels.feed(images, [])["x"].max() == 255
+
+
+def test_features_come_as_the_model_was_made_from_them() -> None:
+    stream, inputs = spec(["a", "b"]), [TensorSpec("x", "float32", [-1, 2])]
+    match(stream, inputs, OUT, None, ["a", "b"])
+    with pytest.raises(
+        PackageError, match=r"made from the features b, a, the stream gives in another order: a, b"
+    ):
+        match(stream, inputs, OUT, None, ["b", "a"])
+    with pytest.raises(PackageError, match=r"other ones: a, b"):
+        match(stream, inputs, OUT, None, ["a", "c"])
+    named = [TensorSpec("b", "float32", [-1, 1]), TensorSpec("a", "float32", [-1, 1])]
+    match(stream, named, OUT, None, ["b", "a"])  # each goes by its name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        ("int8", [-128, 127, 5], [300, -3.7, 1e20, -129]),
+        ("uint16", [0, 65535], [-1, 65536, 0.5]),
+        ("int64", [-(2**63), 2**62], [2.0**63, -(2.0**63) - 2048]),
+        ("float16", [65504, -1.5], [70000, -1e9]),
+        ("float32", [3.4e38, 1e-30], [1e39]),
+        ("float64", [1e149], []),
+        ("bool", [0, 1], [2, 0.5, -1]),
+    ],
+)
+def test_what_the_models_type_cannot_hold_is_never_shown_to_it(dtype: str, good: Any, bad: Any) -> None:
+    found = match(spec(["a", "b"]), [TensorSpec("x", dtype, [-1, 2])], OUT, None)
+    rows = np.array([[0, value] for value in [*good, *bad]], dtype=np.float64)
+    misfits = found.misfits(rows, ["a", "b"])
+    assert sorted(misfits) == list(range(len(good), len(rows)))
+    assert all(feature == "b" and f"the model's type {dtype}" in text for feature, text in misfits.values())
+    fed = found.feed(rows[: len(good)], ["a", "b"])["x"]
+    assert fed.dtype == np.dtype(dtype)
+    asked: list[Array] = []
+
+    def ask(examples: Array) -> dict[str, Array]:
+        asked.append(examples)
+        return {"y": examples[:, 1] * 2}
+
+    got, answered, _ = infer_fitting(ask, rows, misfits, single=False)
+    assert answered.tolist() == [index not in misfits for index in range(len(rows))]
+    assert np.concatenate(asked).tolist() == rows[: len(good)].tolist()
+    assert got["y"][: len(good), 0].tolist() == (rows[: len(good), 1] * 2).tolist()
 
 
 @pytest.mark.parametrize(

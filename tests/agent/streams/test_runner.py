@@ -131,13 +131,14 @@ class Rig:
 
     def activate(self, version: int = 1, scale: float = 1.0, policy: SlotPolicy | None = None) -> ActiveModel:
         runner = self.engine.open("onnx", model_bytes(scale), f"m:{version}", policy, batchable=True)
-        manifest = SimpleNamespace(baseline={}, decision=Decision("score", 50.0))
+        manifest = SimpleNamespace(baseline={}, features=[], decision=Decision("score", 50.0))
         package = SimpleNamespace(
             ref=ModelRef("m", version, f"{version}" * 64),
             manifest=manifest,
             variant=SimpleNamespace(name="v"),
         )
-        old, self.model = self.model, ActiveModel(package, runner, LiveBaseline({}))  # type: ignore[arg-type]
+        old = self.model
+        self.model = ActiveModel(package, runner, LiveBaseline({}), policy or SlotPolicy())  # type: ignore[arg-type]
         if old is not None:
             old.runner.stop()
         return self.model
@@ -354,6 +355,32 @@ def test_a_sample_without_a_time_makes_no_other_late(rig: Rig) -> None:
     assert sum(1 for row in rig.rows("result") if not row.outputs) == 2
     report = rig.runner.report()
     assert report.late == 0 and report.problems == {"time": 1}
+
+
+def test_no_action_follows_from_a_number_that_the_model_never_saw(rig: Rig) -> None:
+    rig.activate()
+    runner = rig.start(
+        window=Window(count=1), actions=[Action(name="high", when="score > 1e30", publish="alarms")]
+    )
+    rig.send([(1, 0.0), (1, 1e39), (1, 2.0)])
+    until(lambda: rig.wire.acked() == ("e", 2))
+    assert [row.outputs.get("score") for row in rig.rows("result")] == [1.0, None, 3.0]
+    assert rig.wire.on("alarms") == []
+    report = runner.report()
+    assert report.problems == {"misfit:b": 1} and report.other["refused"] == 1
+
+
+@pytest.mark.parametrize("nan", ["reject", "allow"])
+def test_an_infinite_output_acts_only_where_the_slot_allows_it(rig: Rig, nan: Any) -> None:
+    rig.activate(scale=3e38, policy=SlotPolicy(nan=nan))
+    runner = rig.start(
+        window=Window(count=1), actions=[Action(name="high", when="score > 1e30", publish="alarms")]
+    )
+    rig.send([(0, 1.0), (2, 1.0), (0, 2.0)])
+    until(lambda: rig.wire.acked() == ("e", 2))
+    assert [row.outputs.get("score") for row in rig.rows("result")] == [1.0, None, 2.0]
+    assert len(rig.wire.on("alarms")) == (nan == "allow")
+    assert runner.report().other.get("not_finite", 0) == (nan == "reject")
 
 
 def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
