@@ -247,8 +247,10 @@ class Activation:
         return candidates
 
     def _missing(self, variant: Variant, policy: SlotPolicy) -> str:
-        asked = ", ".join(policy.providers or variant.providers)
-        return f"it is meant for {asked}; this device has {', '.join(self._setup.available) or 'only its processor'}"
+        parts = [f"it is meant for {', '.join(variant.providers)}"] if variant.providers else []
+        parts += [f"the slot allows {', '.join(policy.providers)}"] if policy.providers else []
+        here = ", ".join(self._setup.available) or "only its processor"
+        return f"{', '.join(parts)}; this device has {here}"
 
     def _measured(self, attempt: _Attempt, variant: Variant, candidate: Candidate) -> Candidate:
         """The candidate with its figures, or with the reason why it does not run here."""

@@ -11,6 +11,7 @@ import numpy as np
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, PackageError, UsageError
 from edgeward.wire.package import Decision, FeatureBaseline, GoldenVectors, Lineage, Runtime, TensorSpec
+from edgeward.wire.providers import check_providers
 from models.datasets import load_csv
 from models.inspect import Arrays, LoadedModel, largest_error
 from models.package import (
@@ -88,6 +89,8 @@ def bring(
     `check` is off. Raises PackageError, InvalidDocument.
     """
     check_free(out)
+    for variant in variants:
+        check_providers(variant.providers, f"variant {variant.name}: providers")
     loaded = [_load(variant) for variant in variants]
     for variant, other in zip(variants[1:], loaded[1:], strict=True):
         _check_same_signature(variants[0].name, loaded[0], variant.name, other)

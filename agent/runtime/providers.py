@@ -6,25 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeward.wire.package import Runtime
+from edgeward.wire.providers import ACCELERATORS, CPU
 from edgeward.wire.reports import Condition
 from edgeward.wire.slots import SlotPolicy
 
-#: Each runtime's names for the processor, and its accelerators, best first.
-CPU: dict[Runtime, str] = {"onnx": "CPUExecutionProvider", "tflite": "XNNPACK"}
 #: All names under which a model may turn out to run on the processor: LiteRT's own kernels are the last one.
 PROCESSORS = frozenset({*CPU.values(), "CPU"})
-ACCELERATORS: dict[Runtime, tuple[str, ...]] = {
-    "onnx": (
-        "TensorrtExecutionProvider",
-        "CUDAExecutionProvider",
-        "MIGraphXExecutionProvider",
-        "ROCMExecutionProvider",
-        "OpenVINOExecutionProvider",
-        "QNNExecutionProvider",
-        "CoreMLExecutionProvider",
-    ),
-    "tflite": ("EdgeTPU", "GPU", "NNAPI"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,14 +29,18 @@ class Plan:
 def plan(runtime: Runtime, available: Sequence[str], variant: Sequence[str], policy: SlotPolicy) -> Plan:
     """What to try. Empty `attempts`: the device has nothing that may run this variant.
 
-    The policy's providers win over the package's; without either, the device's accelerators come before
-    its processor, best first. The processor is tried after an accelerator that somebody named only if
-    `cpu_fallback` allows it.
+    The policy's providers are all that may be used, of those the ones that the package is meant for; without
+    a policy's the package's; without either, the device's accelerators come before its processor, best
+    first. The processor is tried after an accelerator that somebody named only if `cpu_fallback` allows it.
     """
     cpu = CPU[runtime]
-    named = [name for name in (policy.providers or variant) if name == cpu or name in ACCELERATORS[runtime]]
+    wished = policy.providers or variant
+    named = [name for name in wished if name == cpu or name in ACCELERATORS[runtime]]
     if policy.providers and variant:
         named = [name for name in named if name in variant or name == cpu]
+    if not named and wished:
+        # Somebody named some, and none of them is for this: that is a fallback, not another choice.
+        return Plan((cpu,) if policy.cpu_fallback else (), wished[0])
     if not named:
         found = [name for name in ACCELERATORS[runtime] if name in available]
         # Nobody asked for an accelerator, so the processor is no fallback but the other choice.

@@ -16,6 +16,7 @@ from edgeward.errors import InvalidDocument
 from edgeward.fields import explain, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
+from edgeward.wire.providers import check_providers
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 from edgeward.wire.streams import StreamSpec, check_stream
@@ -245,8 +246,9 @@ def _check(spec: SpecStruct) -> None:
         case FleetSpec():
             for index, stream in enumerate(spec.streams):
                 check_name(stream, f"spec.streams[{index}]")
-            for slot in spec.slots:
+            for slot, policy in spec.slots.items():
                 check_name(slot, "spec.slots")
+                check_providers(policy.providers, f"spec.slots.{slot}.providers")
         case DeviceSpec():
             check_name(spec.site, "spec.site")
         case ModelVersionSpec():

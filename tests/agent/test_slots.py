@@ -738,7 +738,7 @@ def test_a_model_for_an_accelerator_that_is_not_here_is_refused_or_told(
     ref = releaser.release(1, ("only", models["fast"]))
     wish(slots, ref, providers=["CUDAExecutionProvider"])
     got = settled(slots, until)
-    assert got.phase is Phase.QUARANTINED and "meant for CUDAExecutionProvider" in got.message
+    assert got.phase is Phase.QUARANTINED and "the slot allows CUDAExecutionProvider" in got.message
     assert slots._state.quarantined() == []
     wish(slots, ref, providers=["CUDAExecutionProvider"], cpu_fallback=True)
     assert settled(slots, until).phase is Phase.ACTIVE and doubles(slots)
