@@ -37,11 +37,11 @@ class Figures(TypedDict):
 
 
 class Executor:
-    """Runs actions. Messages and files inline, webhooks in one thread of their own.
+    """Runs actions. Messages and files inline, webhooks in a thread for each action that has one.
 
     `publish` gives whether the broker took the message. A webhook has CALL_SECONDS from connecting to the
     status line, however slowly its server drips; redirects are not followed, proxies not used, and what is
-    not 2xx has failed. At most QUEUE_CALLS calls wait, more fail at once. Files lie within `folder`.
+    not 2xx has failed. At most QUEUE_CALLS calls of an action wait, more fail at once. Files lie within `folder`.
 
     Raises InvalidDocument for an action of `actions` whose file is absolute or leaves `folder`.
     """
@@ -63,9 +63,8 @@ class Executor:
         self._run: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
-        self._calls: queue.Queue[tuple[Action, bytes, float]] = queue.Queue(QUEUE_CALLS)
+        self._callers: dict[str, _Caller] = {}
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def run(self, action: Action, topic: str | None, message: dict[str, Any], received: float) -> None:
         """Run `action` now. `topic` is its topic filled in, `received` monotonic seconds. Never raises for
@@ -88,11 +87,11 @@ class Executor:
     def stop(self) -> None:
         """Let the call under way end; those that wait have failed."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(CALL_SECONDS * 2)
-        while not self._calls.empty():
-            action, _, received = self._calls.get()
-            self._count(action, False, received)
+        for caller in self._callers.values():
+            caller.thread.join(CALL_SECONDS * 2)
+            while not caller.calls.empty():
+                action, _, received = caller.calls.get()
+                self._count(action, False, received)
 
     def take(self) -> Figures:
         """The figures since the last time."""
@@ -125,27 +124,39 @@ class Executor:
             os.close(target)
 
     def _call_later(self, action: Action, body: bytes, received: float) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="webhooks", daemon=True)
-            self._thread.start()
+        caller = self._callers.get(action.name)
+        if caller is None:
+            caller = self._callers[action.name] = _Caller(action.name, self._work)
         try:
             if self._stop.is_set():
                 raise queue.Full
-            self._calls.put_nowait((action, body, received))
+            caller.calls.put_nowait((action, body, received))
         except queue.Full:
             self._count(action, False, received)
 
-    def _work(self) -> None:
+    def _work(self, calls: _Calls) -> None:
         # An event loop for the sake of its timeouts: httpx's own begin anew with each byte that arrives.
         with asyncio.Runner() as runner:
             client = httpx.AsyncClient(timeout=CALL_SECONDS, follow_redirects=False, trust_env=False)
             while not self._stop.is_set():
                 try:
-                    action, body, received = self._calls.get(timeout=0.2)
+                    action, body, received = calls.get(timeout=0.2)
                 except queue.Empty:
                     continue
                 self._count(action, runner.run(_call(client, action, body)), received)
             runner.run(client.aclose())
+
+
+_Calls = queue.Queue[tuple[Action, bytes, float]]
+
+
+class _Caller:
+    """One action's calls, in order: a webhook that does not answer delays no other."""
+
+    def __init__(self, name: str, work: Callable[[_Calls], None]) -> None:
+        self.calls: _Calls = queue.Queue(QUEUE_CALLS)
+        self.thread = threading.Thread(target=work, args=(self.calls,), name=f"webhook-{name}", daemon=True)
+        self.thread.start()
 
 
 async def _call(client: httpx.AsyncClient, action: Action, body: bytes) -> bool:
