@@ -10,6 +10,7 @@ import msgspec
 from agent.streams.decode.sequence import Position
 from agent.streams.sources.mqtt import Receive
 from edgeward.mqtt import Message
+from edgeward.wire.topics import matches
 
 
 class SensorAck(msgspec.Struct):
@@ -17,19 +18,6 @@ class SensorAck(msgspec.Struct):
 
     epoch: str
     seq: int
-
-
-def matches(pattern: str, topic: str) -> bool:
-    """MQTT v5, section 4.7: `+` stands for one level, `#` for the rest; neither for `$` topics at the start."""
-    levels, names = pattern.split("/"), topic.split("/")
-    if topic.startswith("$") and levels[0] in ("+", "#"):
-        return False
-    for index, level in enumerate(levels):
-        if level == "#":
-            return True
-        if index >= len(names) or level not in ("+", names[index]):
-            return False
-    return len(levels) == len(names)
 
 
 class LocalLink:

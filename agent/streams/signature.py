@@ -12,15 +12,13 @@ import numpy.typing as npt
 from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument, PackageError
 from edgeward.wire.package import Decision, TensorSpec
+from edgeward.wire.stream_checks import RESERVED
 from edgeward.wire.streams import CameraSource, FilesSource, StreamSpec
 
 Array = npt.NDArray[Any]
 #: `rows`: `[n, features]`; `columns`: one `[n, 1]` input per feature; `stack`: `[n, count, features]`;
 #: `nhwc` and `nchw`: images.
 Layout = Literal["rows", "columns", "stack", "nhwc", "nchw"]
-
-#: What a condition may name besides outputs and features.
-RESERVED = frozenset({"alarm", "threshold"})
 
 
 def _shown(specs: list[TensorSpec]) -> str:

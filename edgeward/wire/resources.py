@@ -19,7 +19,8 @@ from edgeward.wire import API_VERSION
 from edgeward.wire.providers import check_providers
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
-from edgeward.wire.streams import StreamSpec, check_stream
+from edgeward.wire.stream_checks import check_stream
+from edgeward.wire.streams import StreamSpec
 
 
 class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):

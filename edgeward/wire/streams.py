@@ -6,15 +6,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument
-from edgeward.identifiers import check_name
 from edgeward.wire.spec import Positive, Seconds, SpecStruct, TopicText
 
 PayloadFormat = Literal["json", "csv", "msgpack", "sparkplug"]
 TimeUnit = Literal["s", "ms", "us", "ns", "iso8601"]
-
-MAX_OVERLAP = 1000
 
 # --- sources ----------------------------------------------------------------------------------------
 
@@ -46,10 +42,11 @@ class PayloadSource(SpecStruct, frozen=True):
 class MqttSource(PayloadSource, frozen=True, kw_only=True):
     """Samples from an MQTT topic. `{site}` and `{device}` in the topic are filled in on the device.
 
-    Acks of a numbering sensor go to `{topic}/ack`.
+    A `+` stands for any one level, a `#` at the end for the rest: samples without a `key` of their own then
+    have the topic they came on as their key. Acks of a numbering sensor go to `{topic}/ack`.
     """
 
-    topic: TopicText
+    topic: Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00]+$")]
 
 
 class HttpSource(PayloadSource, frozen=True):
@@ -218,9 +215,9 @@ class Publish(SpecStruct, frozen=True):
     """What goes up, besides alarms.
 
     `results`: `all`; `every` n-th (`every`); `changes` (an output moved by more than `tolerance`, or the
-    alarm flipped, per key); `uncertain` (the decision's output lies within `margin` of its threshold) or
-    disagreeing with the slot's shadow; `none`. Trends go up per `trend_bucket` seconds of event time
-    unless `trends` is off, raw samples only if asked.
+    alarm flipped, per key); `uncertain` (the decision's output lies within `margin` of its threshold);
+    `none`. Trends go up per `trend_bucket` seconds of event time unless `trends` is off, raw samples only
+    if asked.
     """
 
     results: Literal["all", "every", "changes", "uncertain", "none"] = "all"
@@ -242,48 +239,3 @@ class StreamSpec(SpecStruct, frozen=True):
     window: Window = Window()
     actions: list[Action] = []
     publish: Publish = Publish()
-
-
-def check_stream(spec: StreamSpec) -> None:
-    """What types alone cannot say. Raises InvalidDocument naming the field."""
-    check_name(spec.slot, "spec.slot")
-    source = spec.source.one()
-    tensors = isinstance(source, CameraSource) or (
-        isinstance(source, FilesSource) and source.format == "image"
-    )
-    if tensors and spec.features:
-        raise InvalidDocument("images are one tensor without features", field="spec.features")
-    if not tensors and not spec.features:
-        raise InvalidDocument("expected at least one feature", field="spec.features")
-    if len(set(spec.features)) != len(spec.features):
-        raise InvalidDocument("feature names repeat", field="spec.features")
-    for feature in spec.quality:
-        if feature not in spec.features:
-            raise InvalidDocument("not one of the features", field=f"spec.quality.{feature}")
-    if isinstance(source, PayloadSource) and source.sequence and source.format not in ("json", "msgpack"):
-        raise InvalidDocument(f"{source.format} carries no sequence numbers", field="spec.source")
-    window = spec.window
-    length = window.size if window.size is not None else float(window.count)
-    if window.slide is not None:
-        if window.slide > length:
-            raise InvalidDocument("longer than the window would skip samples", field="spec.window.slide")
-        if length / window.slide > MAX_OVERLAP and window.size is not None:
-            raise InvalidDocument(
-                f"more than {MAX_OVERLAP} windows would overlap at any time", field="spec.window.slide"
-            )
-        if window.size is None and window.slide != int(window.slide):
-            raise InvalidDocument("expected a whole number of samples", field="spec.window.slide")
-        if window.aggregate == "none" and window.slide < length:
-            raise InvalidDocument(
-                "windows that overlap need an aggregate, or samples would be inferred twice",
-                field="spec.window.aggregate",
-            )
-    for index, action in enumerate(spec.actions):
-        field = f"spec.actions[{index}]"
-        check_name(action.name, f"{field}.name")
-        compile_condition(action.when, field=f"{field}.when")
-        if sum(target is not None for target in (action.publish, action.webhook, action.file)) != 1:
-            raise InvalidDocument("expected exactly one of publish, webhook and file", field=field)
-    names = [action.name for action in spec.actions]
-    if len(set(names)) != len(names):
-        raise InvalidDocument("action names repeat", field="spec.actions")

@@ -69,3 +69,16 @@ def parse(topic: str) -> Parsed:
     elif channel in ("desired", "reported", "status", "report") and not rest:
         return Parsed(name, channel, None)
     raise InvalidDocument("not an Edgeward topic", source=topic[:200])
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """MQTT v5, section 4.7: `+` stands for one level, `#` for the rest; neither for `$` topics at the start."""
+    levels, names = pattern.split("/"), topic.split("/")
+    if topic.startswith("$") and levels[0] in ("+", "#"):
+        return False
+    for index, level in enumerate(levels):
+        if level == "#":
+            return True
+        if index >= len(names) or level not in ("+", names[index]):
+            return False
+    return len(levels) == len(names)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from edgeward import conditions
 from edgeward.conditions import compile_condition
 from edgeward.errors import InvalidDocument
-from edgeward.wire.streams import Action, HttpSource, Source, StreamSpec, check_stream
+from edgeward.wire.stream_checks import check_stream
+from edgeward.wire.streams import Action, HttpSource, Source, StreamSpec
 
 Tree = tuple[Any, ...]
 COLUMNS = ("a", "score[1]", "`pump.flow`")
@@ -211,7 +212,7 @@ def test_the_resource_is_refused_with_the_field() -> None:
 def test_checking_a_condition_needs_no_numpy() -> None:
     code = (
         "import sys; sys.modules['numpy'] = None\n"
-        "from edgeward.wire import streams\n"
-        "streams.compile_condition('score > 1 && alarm')"
+        "from edgeward.wire import stream_checks\n"
+        "stream_checks.compile_condition('score > 1 && alarm')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,10 +22,10 @@ from agent.streams.decode.columns import (
     settle_times,
 )
 from agent.streams.decode.layout import layout_of
-from agent.streams.decode.paths import MISSING, lookup
 from agent.streams.decode.strict import message_type, strict_form
 from agent.streams.samples import Samples
 from edgeward.errors import InvalidDocument
+from edgeward.paths import MISSING, lookup
 from edgeward.wire.streams import Check, PayloadSource
 
 # ValueError covers bad UTF-8 and all of msgspec's own errors.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.streams.decode.paths import Path, parse_path
 from edgeward.errors import InvalidDocument
+from edgeward.paths import Path, parse_path
 from edgeward.wire.streams import Check, PayloadSource, TimeUnit
 
 

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from agent.streams.decode import times
 from agent.streams.decode.columns import MAX_EPOCH, MAX_SAMPLES, MAX_SEQ, MAX_TEXT
 from agent.streams.decode.layout import Layout
-from agent.streams.decode.paths import Path
+from edgeward.paths import Path
 from edgeward.wire.streams import TimeUnit
 
 _EPOCH = Annotated[str, Meta(min_length=1, max_length=MAX_EPOCH)]

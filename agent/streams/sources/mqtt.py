@@ -6,8 +6,10 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
+from agent.streams.decode.columns import clean_text
 from agent.streams.decode.decoder import Decoder, decoder_for
 from agent.streams.decode.sequence import Position
 from agent.streams.sources.port import Sink
@@ -75,6 +77,7 @@ class MqttSampleSource:
         self._clock = clock
         self._sink: Sink | None = None
         self._queue: queue.Queue[tuple[str, bytes]] = queue.Queue(QUEUE_MESSAGES)
+        self._keyed_by_topic = not spec.key and not {"+", "#"}.isdisjoint(self.topic)
         self._numbered = spec.sequence
         self._position = position
         self._reading = False
@@ -163,6 +166,8 @@ class MqttSampleSource:
                 log.warning("%s: ignored a message: %s", topic, error)
                 continue
             for samples in parts:
+                if self._keyed_by_topic and not samples.keys:
+                    samples = replace(samples, keys=(clean_text(topic),) * len(samples))
                 if not offer(sink, samples, self._stop):
                     return
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agent.streams.decode.sequence import Joining, continue_sequence
 from agent.streams.examples import make_examples
 from agent.streams.infer import Array, infer_all, infer_fitting
-from agent.streams.local_link import LocalLink, StreamLink, matches
+from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.positions import Positions
 from agent.streams.samples import Samples
 from agent.streams.signature import match
@@ -29,6 +29,7 @@ from edgeward.wire.streams import (
     StreamSpec,
     Window,
 )
+from edgeward.wire.topics import matches
 
 NAN = float("nan")
 

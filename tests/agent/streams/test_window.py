@@ -14,7 +14,8 @@ from agent.streams import window as window_module
 from agent.streams.samples import Samples
 from agent.streams.window import Closed, Windows
 from edgeward.errors import InvalidDocument
-from edgeward.wire.streams import HttpSource, Source, StreamSpec, Window, check_stream
+from edgeward.wire.stream_checks import check_stream
+from edgeward.wire.streams import HttpSource, Source, StreamSpec, Window
 
 SECOND = 1_000_000
 

@@ -143,3 +143,19 @@ def test_a_topic_that_is_no_sparkplug_one_is_refused() -> None:
     with pytest.raises(InvalidDocument, match=r"spec\.source\.mqtt\.topic"):
         Bench(["x"], topic="spBv1.0/g", format="sparkplug")
     assert Bench(["x"], topic="plain/topic", format="sparkplug").source.topic == "plain/topic"
+
+
+def test_samples_of_several_topics_are_told_apart_by_their_topic(
+    sink: Any, until: Until, start: Start
+) -> None:
+    bench = Bench(["a"], topic="plant/+/vibration")
+    start(bench.source, sink)
+    for pump in ("p1", "p2"):
+        bench.message([{"a": 1}, {"a": 2}], topic=f"plant/{pump}/vibration", on="plant/+/vibration")
+    until(lambda: len(sink.parts) == 2)
+    assert [part.keys for part in sink.parts] == [("plant/p1/vibration",) * 2, ("plant/p2/vibration",) * 2]
+    own = Bench(["a"], topic="plant/#", key="k")
+    start(own.source, sink)
+    own.message({"a": 1, "k": "pump"}, topic="plant/x", on="plant/#")
+    until(lambda: len(sink.parts) == 3)
+    assert sink.parts[2].keys == ("pump",)
