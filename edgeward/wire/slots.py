@@ -6,9 +6,32 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from edgeward.wire.spec import Positive, Seconds, SpecStruct
+from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 
 Bytes = Annotated[int, Meta(ge=1 << 20)]
+
+
+class GuardPolicy(SpecStruct, frozen=True):
+    """When a model that has passed its self-test gives way to its predecessor all the same.
+
+    Judged on the device alone over the last `window` seconds, from `minimum` inferences in them on; a limit
+    that is absent is not looked at. `error_rate` is the share of inferences that failed (refused by the
+    runtime, not answered in time, lost with their worker; not those of a request's own fault), `nan_rate`
+    the share that gave NaN or infinity, `alarm_rate` the share of a stream's that the package's decision
+    called an alarm, `latency_ms` the p95 of an inference. `crash_loop`: so does a worker that is lost again
+    and again.
+
+    A model that breaks it is quarantined on the device, and its predecessor runs; without one it goes on,
+    Degraded.
+    """
+
+    window: Seconds = 60.0
+    minimum: Positive = 20
+    error_rate: Fraction | None = 0.5
+    nan_rate: Fraction | None = 0.5
+    alarm_rate: Fraction | None = None
+    latency_ms: Annotated[float, Meta(gt=0)] | None = None
+    crash_loop: bool = True
 
 
 class SlotPolicy(SpecStruct, frozen=True):
@@ -26,7 +49,8 @@ class SlotPolicy(SpecStruct, frozen=True):
 
     `max_batch` examples of different requests run as one when the model allows it; a request waits
     `queue_delay_us` for company at most; `queue` requests may wait before more are refused. `nan`
-    `reject` refuses requests and results that hold NaN.
+    `reject` refuses requests and results that hold NaN. `guard` says when the model gives way to the one
+    before it.
     """
 
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -43,3 +67,4 @@ class SlotPolicy(SpecStruct, frozen=True):
     queue_delay_us: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     queue: Positive = 256
     nan: Literal["reject", "allow"] = "reject"
+    guard: GuardPolicy = GuardPolicy()
