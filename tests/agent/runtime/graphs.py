@@ -62,6 +62,16 @@ def onnx_same(kind: int, shape: list[Any] | None = None) -> bytes:
     )
 
 
+def onnx_reshape_to(size: int) -> bytes:
+    """`x [n, 3] -> y [size]`: fails for every other number of elements."""
+    return onnx_model(
+        [helper.make_node("Reshape", ["x", "to"], ["y"])],
+        [("x", TensorProto.FLOAT, [None, 3])],
+        [("y", TensorProto.FLOAT, [size])],
+        [numpy_helper.from_array(np.array([size], np.int64), "to")],
+    )
+
+
 class Tflite:
     """One subgraph, operator by operator; tensors are known by their index."""
 

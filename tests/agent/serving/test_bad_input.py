@@ -9,7 +9,7 @@ from math import inf, nan
 
 import pytest
 
-from agent.runtime.port import Overloaded, Tensor
+from agent.runtime.port import BadInput, Overloaded, Tensor
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
@@ -252,6 +252,7 @@ def test_a_model_that_may_still_be_loaded_is_not_called_unknown(ask, models):
         (WorkerStopped("has been replaced"), 503, "1"),
         (DeadlineExceeded("did not answer within 10 s"), 504, None),
         (RuntimeFault("onnxruntime: bad node"), 500, None),
+        (BadInput("input in: element 0 is not UTF-8"), 400, None),
     ],
 )
 def test_errors_of_the_engine(ask, models, runner, fault, status, retry):

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from agent.runtime.port import Overloaded, Tensor
+from agent.runtime.port import BadInput, Overloaded, Tensor
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
 from agent.serving.grpc_server import _CONTENTS
 from agent.serving.proto import SERVICE, methods
@@ -170,6 +170,7 @@ def test_health_metadata_configuration_repository_and_statistics(models, client)
         (DeadlineExceeded("did not answer within 10 s"), "DEADLINE_EXCEEDED"),
         (WorkerStopped("has been replaced"), "UNAVAILABLE"),
         (RuntimeFault("onnxruntime: bad node"), "INTERNAL"),
+        (BadInput("input in: element 0 is not UTF-8"), "INVALID_ARGUMENT"),
     ],
 )
 def test_engine_errors_have_their_code(models, client, runner, fault, code):
