@@ -313,7 +313,7 @@ class Activation:
                     lasting=True,
                     table=choice.table,
                 )
-            if batchable and not selftest.row_independent(runner, inputs, tolerance):
+            if batchable and not selftest.row_independent(runner, inputs, tolerance, runner.outputs):
                 log.info("%s:%s: requests are not joined: its rows may depend on one another", *_name(ref))
                 batchable = False
                 runner.stop()

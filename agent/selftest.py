@@ -35,14 +35,18 @@ class Verdict:
 
 
 def to_array(tensor: GoldenTensor) -> npt.NDArray[Any]:
-    """Text (`bytes`) becomes an array of byte strings. Raises PackageError when data, type and shape do not fit."""
+    """Text (`bytes`) becomes an array of byte strings, bfloat16 its raw uint16.
+
+    Raises PackageError when data, type and shape do not fit.
+    """
     try:
         if tensor.dtype == "bytes":
             items = unpack_elements(tensor.data)
             array = np.empty(len(items), object)
             array[:] = items
             return array.reshape(tensor.shape)
-        return np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+        dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+        return np.frombuffer(tensor.data, dtype.newbyteorder("<")).reshape(tensor.shape)
     except (TypeError, ValueError) as error:
         raise PackageError(f"golden tensor {tensor.name}: {error}") from None
 
@@ -71,7 +75,12 @@ def judge(golden: GoldenVectors, got: Arrays, atol: float, rtol: float) -> Verdi
         return _wrong(f"the model has the outputs {_list(got)}, expected {_list(names)}", atol)
     worst = Verdict(True, "", 0.0, atol)
     for tensor in golden.outputs:
-        verdict = compare(tensor.name, got[tensor.name], to_array(tensor), atol, rtol)
+        mine, reference = got[tensor.name], to_array(tensor)
+        if tensor.dtype == "bfloat16":
+            if mine.dtype != np.uint16:
+                return _wrong(f"output {tensor.name} has type {_type(mine)}, expected bfloat16", atol)
+            mine, reference = _widened(mine), _widened(reference)
+        verdict = compare(tensor.name, mine, reference, atol, rtol)
         if not verdict.passed:
             return verdict
         if verdict.measured - verdict.limit > worst.measured - worst.limit:
@@ -109,8 +118,17 @@ def compare(name: str, got: npt.NDArray[Any], want: npt.NDArray[Any], atol: floa
     )
 
 
-def row_independent(runner: Infers, inputs: Arrays, tolerance: tuple[float, float]) -> bool:
+def _widened(raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The numbers (float32) that uint16 hold as bfloat16: compared as integers, a small step would count as 1."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def row_independent(
+    runner: Infers, inputs: Arrays, tolerance: tuple[float, float], outputs: Sequence[TensorSpec] = ()
+) -> bool:
     """Whether each golden row, run alone, gives what it gives among the others, within (atol, rtol).
+
+    `outputs` says which of the arrays given hold bfloat16.
 
     Only then may rows of different requests be joined. A single row, or rows that are all the same, show
     nothing: False.
@@ -121,6 +139,7 @@ def row_independent(runner: Infers, inputs: Arrays, tolerance: tuple[float, floa
     count = min(rows, _ROWS_TRIED)
     if all(_same(values[:count]) for values in inputs.values()):
         return False
+    raw = {spec.name for spec in outputs if spec.dtype == "bfloat16"}
     try:
         together = runner.infer({name: values[:count] for name, values in inputs.items()})
         if rows_of(together) != count:
@@ -128,8 +147,11 @@ def row_independent(runner: Infers, inputs: Arrays, tolerance: tuple[float, floa
         for row in range(count):
             alone = runner.infer({name: values[row : row + 1] for name, values in inputs.items()})
             for name, values in together.items():
-                want = values[row : row + 1]
-                if name not in alone or not compare(name, alone[name], _text(want), *tolerance).passed:
+                if name not in alone:
+                    return False
+                pair = alone[name], _text(values[row : row + 1])
+                mine, want = map(_widened, pair) if name in raw else pair
+                if not compare(name, mine, want, *tolerance).passed:
                     return False
     except RuntimeFault:
         return False

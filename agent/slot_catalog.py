@@ -35,20 +35,17 @@ class SlotCatalog:
             self._refresh()
 
     def _refresh(self) -> None:
+        reports = self._slots.report()
+        active = [self._slots.active(slot) for slot in reports]
+        found = [_served(model) for model in active if model is not None]
+        found += [waiting for report in reports.values() if (waiting := _waiting(report)) is not None]
         by_name: dict[tuple[str, str], Served] = {}
         everything = []
-        for slot, report in self._slots.report().items():
-            active = self._slots.active(slot)
-            if active is not None:
-                served = _served(active)
-                by_name.setdefault((served.name, ""), served)
-                by_name.setdefault((served.name, served.version), served)
+        for served in found:
+            # Several slots may hold one version: the first that serves it answers for all.
+            if by_name.setdefault((served.name, served.version), served) is served:
                 everything.append(served)
-            waiting = _waiting(report)
-            if waiting is not None and (waiting.name, waiting.version) not in by_name:
-                by_name[(waiting.name, waiting.version)] = waiting
-                by_name.setdefault((waiting.name, ""), waiting)
-                everything.append(waiting)
+            by_name.setdefault((served.name, ""), served)
         self._by_name, self._all = by_name, everything
 
     def find(self, name: str, version: str = "") -> Served | None:

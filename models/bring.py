@@ -13,7 +13,7 @@ from edgeward.errors import InvalidDocument, PackageError, UsageError
 from edgeward.wire.package import Decision, FeatureBaseline, GoldenVectors, Lineage, Runtime, TensorSpec
 from edgeward.wire.providers import check_providers
 from models.datasets import load_csv
-from models.inspect import Arrays, LoadedModel, largest_error
+from models.inspect import Arrays, LoadedModel, from_bfloat16, largest_error, to_bfloat16
 from models.package import (
     GOLDEN_ATOL,
     GOLDEN_ROWS,
@@ -182,17 +182,24 @@ def _from_inputs(variant: Brought, loaded: LoadedModel, path: Path, threshold: f
                 f"has {len(data.features)} feature columns, input {spec.name} expects {spec.shape[-1]}",
                 source=str(path),
             )
-        inputs = {spec.name: data.values[:GOLDEN_ROWS].astype(spec.dtype)}
+        rows_given = data.values[:GOLDEN_ROWS]
+        inputs = {
+            spec.name: to_bfloat16(rows_given) if spec.dtype == "bfloat16" else rows_given.astype(spec.dtype)
+        }
         features, baseline = data.features, baseline_of(data.values, data.features)
         lineage = Lineage(
             "brought", {"file": variant.path.name}, data.name, data.digest(), data.rows, "0:1", {}
         )
     outputs = loaded.run(inputs)
     vectors = GoldenVectors(
-        [golden_tensor(name, values) for name, values in inputs.items()],
-        [golden_tensor(name, values) for name, values in outputs.items()],
+        [golden_tensor(spec.name, inputs[spec.name], _golden_type(spec)) for spec in loaded.inputs],
+        [golden_tensor(spec.name, outputs[spec.name], _golden_type(spec)) for spec in loaded.outputs],
     )
     return _Golden(vectors, (GOLDEN_ATOL, GOLDEN_RTOL), features, lineage, decision, baseline)
+
+
+def _golden_type(spec: TensorSpec) -> str:
+    return spec.dtype if spec.dtype == "bfloat16" else ""
 
 
 def _arrays(loaded: LoadedModel, path: Path) -> Arrays:
@@ -213,6 +220,9 @@ def _arrays(loaded: LoadedModel, path: Path) -> Arrays:
             size in (-1, have) for size, have in zip(spec.shape, array.shape, strict=True)
         )
         dtype = "bytes" if array.dtype.kind in "US" else array.dtype.name
+        if spec.dtype == "bfloat16" and array.dtype in (np.uint16, np.dtype("V2")):
+            # Raw, or as NumPy saves an array of ml_dtypes' type.
+            dtype, found[name] = "bfloat16", array.view(np.uint16)
         if dtype != spec.dtype or not fits:
             raise InvalidDocument(
                 f"is {dtype} {list(array.shape)}, expected {spec.dtype} {spec.shape}",
@@ -245,7 +255,10 @@ def _check_golden(
     for tensor in golden.outputs:
         if tensor.name not in got:
             raise PackageError(f"{source}: has no output {tensor.name!r}", hint=f"it has {', '.join(got)}")
-        off, limit = largest_error(got[tensor.name], golden_array(tensor), *tolerance)
+        mine, want = got[tensor.name], golden_array(tensor)
+        if tensor.dtype == "bfloat16":
+            mine, want = from_bfloat16(mine), from_bfloat16(want)
+        off, limit = largest_error(mine, want, *tolerance)
         if off > limit:
             raise PackageError(
                 f"{source}: output {tensor.name} is off its golden values by {off:.3g}, limit {limit:.3g}",

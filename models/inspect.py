@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ _ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(int16)": "int16",
@@ -32,7 +34,10 @@ _ONNX_TYPES = {
 
 
 class LoadedModel:
-    """A model file opened on this machine, with its signature; `run` takes and gives arrays by name."""
+    """A model file opened on this machine, with its signature; `run` takes and gives arrays by name.
+
+    bfloat16, which NumPy lacks, is uint16 both ways.
+    """
 
     def __init__(self, content: bytes, runtime: Runtime, source: str) -> None:
         """Raises PackageError naming `source` when the file is not a valid model of that runtime."""
@@ -86,20 +91,64 @@ class LoadedModel:
             if self.runtime == "onnx":
                 names = [spec.name for spec in self.outputs]
                 inputs = {name: _as_text(values) for name, values in inputs.items()}
+                if any(spec.dtype == "bfloat16" for spec in (*self.inputs, *self.outputs)):
+                    return self._run_raw(inputs)
                 return dict(zip(names, self._session.run(names, inputs), strict=True))
             details = self._interpreter.get_input_details()
             for detail in details:
                 self._interpreter.resize_tensor_input(detail["index"], inputs[detail["name"]].shape)
             self._interpreter.allocate_tensors()
             for detail in details:
-                self._interpreter.set_tensor(detail["index"], inputs[detail["name"]])
+                values = inputs[detail["name"]]
+                if np.dtype(detail["dtype"]).name == "bfloat16":
+                    values = values.view(detail["dtype"])
+                self._interpreter.set_tensor(detail["index"], values)
             self._interpreter.invoke()
             return {
-                detail["name"]: self._interpreter.get_tensor(detail["index"]).copy()
+                detail["name"]: _carried(self._interpreter.get_tensor(detail["index"]))
                 for detail in self._interpreter.get_output_details()
             }
         except Exception as error:  # noqa: BLE001  # as above: the runtimes share no exception
             raise PackageError(f"the model refuses these inputs: {error}") from None
+
+    def _run_raw(self, inputs: Arrays) -> Arrays:
+        import onnxruntime
+        from onnx import TensorProto
+
+        make = onnxruntime.OrtValue
+        feed = {
+            spec.name: make.ortvalue_from_numpy_with_onnx_type(inputs[spec.name], TensorProto.BFLOAT16)
+            if spec.dtype == "bfloat16"
+            else make.ortvalue_from_numpy(inputs[spec.name])
+            for spec in self.inputs
+        }
+        values = self._session.run_with_ort_values([spec.name for spec in self.outputs], feed)
+        results: Arrays = {}
+        for spec, value in zip(self.outputs, values, strict=True):
+            if spec.dtype == "bfloat16":
+                shape = tuple(value.shape())
+                size = 2 * int(np.prod(shape, dtype=np.int64))
+                results[spec.name] = np.frombuffer(
+                    ctypes.string_at(value.data_ptr(), size), np.uint16
+                ).reshape(shape)
+            else:
+                results[spec.name] = value.numpy()
+        return results
+
+
+def _carried(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return values.view(np.uint16).copy() if values.dtype.name == "bfloat16" else values.copy()
+
+
+def from_bfloat16(raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The numbers (float32) that uint16 hold as bfloat16: the upper half of a float32."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Finite numbers as bfloat16 in uint16, rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _as_text(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

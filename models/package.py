@@ -93,24 +93,27 @@ def baseline_of(values: Floats, features: list[str]) -> dict[str, FeatureBaselin
     return baselines
 
 
-def golden_tensor(name: str, values: npt.NDArray[Any]) -> GoldenTensor:
+def golden_tensor(name: str, values: npt.NDArray[Any], dtype: str = "") -> GoldenTensor:
+    """`dtype` is the array's own, but for `bfloat16`, which comes as uint16."""
     if values.dtype.kind in "OUS":
         items = [
             item if isinstance(item, bytes) else str(item).encode() for item in values.reshape(-1).tolist()
         ]
         return GoldenTensor(name, "bytes", list(values.shape), pack_elements(items))
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"))
-    return GoldenTensor(name, str(values.dtype), list(values.shape), little.tobytes())
+    return GoldenTensor(name, dtype or str(values.dtype), list(values.shape), little.tobytes())
 
 
 def golden_array(tensor: GoldenTensor) -> npt.NDArray[Any]:
-    """Raises PackageError when data and shape do not fit. Text comes as an array of `bytes` objects."""
+    """Raises PackageError when data and shape do not fit. Text comes as an array of `bytes` objects, bfloat16
+    as its raw uint16."""
     try:
         if tensor.dtype == "bytes":
             array = np.empty(len(items := unpack_elements(tensor.data)), object)
             array[:] = items
             return array.reshape(tensor.shape)
-        return np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape)
+        dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+        return np.frombuffer(tensor.data, dtype.newbyteorder("<")).reshape(tensor.shape)
     except (TypeError, ValueError) as error:
         raise PackageError(f"golden tensor {tensor.name}: {error}") from None
 

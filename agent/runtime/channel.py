@@ -40,6 +40,7 @@ class Kind(IntEnum):
     RESULT = 4
     FAULT = 5
     MAP = 6
+    BAD_INPUT = 7
 
 
 class _Part(Struct, array_like=True):

@@ -19,7 +19,7 @@ import msgspec
 
 from agent.runtime.channel import Channel, Frame, Kind
 from agent.runtime.memory import give_back_memory, share_one_heap
-from agent.runtime.port import LoadOptions, Model, Tensor, load
+from agent.runtime.port import BadInput, LoadOptions, Model, Tensor, load
 from agent.runtime.tensors import to_arrays, to_tensors
 from edgeward.errors import EdgewardError, RuntimeFault
 from edgeward.wire.package import Runtime, TensorSpec
@@ -58,8 +58,9 @@ def _serve_one(
     try:
         outputs = _answer(model, channel.tensors(frame, copy=False), raw)
     except RuntimeFault as error:
+        kind = Kind.BAD_INPUT if isinstance(error, BadInput) else Kind.FAULT
         with lock:
-            channel.send(Kind.FAULT, frame.slot, str(error).encode())
+            channel.send(kind, frame.slot, str(error).encode())
         return
     with lock:
         channel.send_tensors(Kind.RESULT, frame.slot, outputs)

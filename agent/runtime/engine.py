@@ -92,7 +92,7 @@ class Engine:
         options = options or LoadOptions(threads=policy.threads, gpu_memory_bytes=policy.gpu_memory_bytes)
         runner: Runner
         if policy.isolation == "in-process":
-            runner = InProcess(runtime, content, options, self.loop, self._clock)
+            runner = InProcess(runtime, content, name, policy, options, self.loop, self._clock)
         else:
             worker = Worker(
                 self.loop, runtime, content, name, policy, options, batchable, self._events, self._clock

@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime
 
 from agent.runtime.assignment import RECORD, placement_of
-from agent.runtime.checks import Signature, encoded, text
+from agent.runtime.checks import Signature, disagreement, encoded, text
 from agent.runtime.onnx_options import CPU, Compilation, provider_options
-from agent.runtime.port import Arrays, LoadOptions
+from agent.runtime.port import Arrays, BadInput, LoadOptions
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 
@@ -69,7 +69,7 @@ class OnnxModel:
         self._raw = bool(self._raw_in) or any(spec.dtype == "bfloat16" for spec in self.outputs)
 
     def infer(self, inputs: Arrays) -> Arrays:
-        """Raises RuntimeFault naming the tensor at fault; the model stays usable."""
+        """Raises BadInput naming the tensor at fault, RuntimeFault; the model stays usable."""
         feed = self._signature.check(inputs)
         for name in self._text_in:
             feed[name] = text(name, feed[name])
@@ -78,6 +78,9 @@ class OnnxModel:
                 return self._infer_raw(feed)
             results = dict(zip(self._names, self._session.run(self._names, feed), strict=True))
         except Exception as error:  # noqa: BLE001  # as above
+            differs = disagreement(self.inputs, feed)
+            if differs:
+                raise BadInput(f"{differs}; onnxruntime: {_first_line(error)}") from None
             raise RuntimeFault(f"onnxruntime: {_first_line(error)}") from None
         for name in self._text_out:
             results[name] = encoded(results[name])

@@ -51,6 +51,10 @@ class Overloaded(EdgewardError):
         self.retry_after = retry_after
 
 
+class BadInput(RuntimeFault):
+    """The request's inputs are at fault, not the model: the same request fails everywhere."""
+
+
 class Timing(Struct, frozen=True):
     """Of one request, in nanoseconds: waiting for its turn, and in the runtime (with the batch it was part of)."""
 
@@ -76,7 +80,7 @@ class Model(Protocol):
     outputs: list[TensorSpec]
 
     def infer(self, inputs: Arrays) -> Arrays:
-        """Run once; inputs and outputs by tensor name. Raises RuntimeFault naming the tensor at fault."""
+        """Run once; inputs and outputs by tensor name. Raises BadInput naming the tensor at fault, RuntimeFault."""
         ...
 
 
@@ -89,7 +93,7 @@ class Runner(Protocol):
     restarts: int
 
     def infer(self, inputs: Arrays) -> Arrays:
-        """Run and wait. Raises RuntimeFault, Overloaded."""
+        """Run and wait. Raises BadInput, RuntimeFault, Overloaded."""
         ...
 
     def submit(self, inputs: list[Tensor], done: Done) -> None:

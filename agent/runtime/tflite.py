@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from agent.runtime.checks import Signature, encoded
+from agent.runtime.checks import Signature, disagreement, encoded
 from agent.runtime.delegates import LIBRARIES
-from agent.runtime.port import Arrays, LoadOptions
+from agent.runtime.port import Arrays, BadInput, LoadOptions
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 
@@ -165,7 +165,7 @@ class TfliteModel:
         raise faults[0]
 
     def infer(self, inputs: Arrays) -> Arrays:
-        """Raises RuntimeFault naming the tensor at fault; the model stays usable."""
+        """Raises BadInput naming the tensor at fault, RuntimeFault; the model stays usable."""
         feed = self._signature.check(inputs)
         try:
             self._resize(feed)
@@ -182,6 +182,9 @@ class TfliteModel:
         except (ValueError, RuntimeError) as error:
             # Whatever it has allocated now, the next request must not rely on it.
             self._shapes = {}
+            differs = disagreement(self._signature.specs, feed)
+            if differs:
+                raise BadInput(f"{differs}; LiteRT: {error}") from None
             raise RuntimeFault(f"LiteRT: {error}") from None
         for name in self._text_out:
             results[name] = encoded(results[name])

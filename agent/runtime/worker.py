@@ -17,7 +17,7 @@ from agent.runtime import recovery
 from agent.runtime.backlog import Backlog, InFlight, Pending
 from agent.runtime.channel import Channel, Frame, Kind
 from agent.runtime.child import Load, Loaded
-from agent.runtime.port import Arrays, Done, LoadOptions, Overloaded, Tensor, Timing
+from agent.runtime.port import Arrays, BadInput, Done, LoadOptions, Overloaded, Tensor, Timing
 from agent.runtime.process import ChildProcess
 from agent.runtime.tensors import join, split, to_arrays, to_tensors
 from edgeward.clock import Clock
@@ -115,8 +115,8 @@ class Worker:
     # for everyone
 
     def infer(self, inputs: Arrays) -> Arrays:
-        """Run and wait. Raises RuntimeFault when the model refuses the inputs or two workers are lost over
-        them, WorkerStopped, DeadlineExceeded, Overloaded."""
+        """Run and wait. Raises BadInput when the inputs are at fault, RuntimeFault when the model fails or
+        two workers are lost over them, WorkerStopped, DeadlineExceeded, Overloaded."""
         tensors = to_tensors(inputs)
         answer: list[list[Tensor] | EdgewardError] = []
         ready = threading.Event()
@@ -226,13 +226,14 @@ class Worker:
         spent = now - (batch.started or batch.sent)
         self._mean_ns += (spent - self._mean_ns) * 0.1
         self._losses = recovery.answered(self._losses)
-        if frame.kind is Kind.FAULT:
-            fault = RuntimeFault(f"model {self._name}: {bytes(frame.payload).decode(errors='replace')}")
+        if frame.kind in (Kind.FAULT, Kind.BAD_INPUT):
+            why = bytes(frame.payload).decode(errors="replace")
+            kind = BadInput if frame.kind is Kind.BAD_INPUT else RuntimeFault
             if len(batch.requests) > 1:
                 # One bad request must not spoil the others it was joined with.
                 self._backlog.put_back([batch])
                 return
-            self._fail(batch.requests, fault)
+            self._fail(batch.requests, kind(f"model {self._name}: {why}"))
             return
         outputs = channel.tensors(frame, copy=True)
         if len(batch.requests) == 1:

@@ -138,7 +138,7 @@ def _from_json(field: Field, shape: tuple[int, ...], data: Any) -> Tensor:
             f"{field.label}: {datatype.name} has no JSON form, send it as binary data (binary_data_size)"
         )
     if type(data) is Raw:
-        data = _elements(field, kind, data)
+        data = _elements(field, kind, shape, data)
     if kind == "text":
         count = field.count(shape)
         if len(data) != count:
@@ -158,8 +158,8 @@ def _pack_text(field: Field, items: list[str]) -> bytes:
     return b"".join(parts)
 
 
-def _elements(field: Field, kind: Kind, raw: Raw) -> list[Any]:
-    """The elements of JSON data, row by row when it is nested."""
+def _elements(field: Field, kind: Kind, shape: tuple[int, ...], raw: Raw) -> list[Any]:
+    """The elements of JSON data: flat, or nested exactly as `shape` says."""
     elements: list[Any]
     try:
         elements = _LIST[kind].decode(raw)
@@ -172,12 +172,16 @@ def _elements(field: Field, kind: Kind, raw: Raw) -> list[Any]:
         nested = _NESTED.decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise bad(f"{field.label}: {problem}") from None
-    depth = 0
+    got = [str(len(nested))]
     while nested and all(type(item) is list for item in nested):
+        lengths = {len(item) for item in nested}
+        got.append(f"{min(lengths)} to {max(lengths)}" if len(lengths) > 1 else str(lengths.pop()))
         nested = [element for item in nested for element in item]
-        depth += 1
-    if depth == 0:
+    if len(got) == 1:
         raise bad(f"{field.label}: {problem}")
+    field.count(shape)
+    if got != [str(size) for size in shape]:
+        raise bad(f"{field.label}: expected data of shape {list(shape)}, got [{', '.join(got[:16])}]")
     try:
         elements = msgspec.convert(nested, _LIST_TYPES[kind])
     except msgspec.ValidationError as error:

@@ -17,6 +17,7 @@ from agent.serving.encode import check_finite
 from agent.serving.inference import Inference
 from agent.serving.refusal import Refusal, bad
 from agent.serving.signature import Field, Signature
+from agent.serving.statistics import Statistics
 from edgeward.errors import MissingDependency, Unavailable
 from edgeward.wire.tensors import pack_elements
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 try:
     import grpc
+    from google.protobuf.message import DecodeError
 
     from agent.serving.proto import SERVICE, message, methods
 except ImportError as _error:
@@ -38,6 +40,7 @@ _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -60,6 +63,7 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 
+ModelInferRequest = message("ModelInferRequest")
 ModelInferResponse = message("ModelInferResponse")
 ModelStreamInferResponse = message("ModelStreamInferResponse")
 
@@ -72,6 +76,9 @@ class GrpcServer:
         self._models = api.models
         self.port = 0
         self._server: Any = None
+        # A message's size is known only when it is complete: so many of the largest may be on their way.
+        settings = api.settings
+        self._receiving = asyncio.Semaphore(max(1, settings.max_held_bytes // settings.max_body_bytes))
 
     async def start(self) -> None:
         """Raises Unavailable when the address is taken."""
@@ -99,13 +106,10 @@ class GrpcServer:
 
     def _handler(self, name: str, streams: bool, request: Any, response: Any) -> Any:
         if streams:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream, request.FromString, response.SerializeToString
-            )
+            return grpc.stream_stream_rpc_method_handler(self._stream, None, response.SerializeToString)
         if name == "ModelInfer":
-            return grpc.unary_unary_rpc_method_handler(
-                self._infer, request.FromString, response.SerializeToString
-            )
+            # One message on the wire either way; read as a stream, it is taken only when there is room for it.
+            return grpc.stream_unary_rpc_method_handler(self._infer, None, response.SerializeToString)
         answer = getattr(self, f"_{name}")
 
         async def call(message: Any, context: Any) -> Any:
@@ -151,45 +155,110 @@ class GrpcServer:
 
     # inference
 
-    async def _infer(self, request: Any, context: Any) -> Any:
+    async def _infer(self, requests: AsyncIterator[bytes], context: Any) -> Any:
         try:
-            return await self._run(request)
+            return await self._run(await self._receive(context))
         except Refusal as refusal:
             return await _abort(context, refusal)
 
-    async def _stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
         """One after the other, in order; a refused request does not end the stream."""
-        async for request in requests:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            answer = ModelInferResponse()
             try:
-                yield ModelStreamInferResponse(infer_response=await self._run(request))
+                taken = self._take(message)
+                del message
+                answer.model_name, answer.id = taken.request.model_name, taken.request.id
+                yield ModelStreamInferResponse(infer_response=await self._run(taken))
             except Refusal as refusal:
-                failed = ModelInferResponse(model_name=request.model_name, id=request.id)
-                yield ModelStreamInferResponse(error_message=str(refusal), infer_response=failed)
+                yield ModelStreamInferResponse(error_message=str(refusal), infer_response=answer)
 
-    async def _run(self, request: Any) -> Any:
+    async def _receive(self, context: Any) -> _Taken:
+        """The one message of a call. Raises Refusal."""
+        settings = self._api.settings
+        async with self._receiving:
+            try:
+                async with asyncio.timeout(settings.request_seconds):
+                    message = await context.read()
+            except TimeoutError:
+                raise Refusal(
+                    408, f"the request was not complete within {settings.request_seconds:g} s"
+                ) from None
+            if message is grpc.aio.EOF:
+                raise bad("the call ended without a request")
+            return self._take(message)
+
+    def _take(self, message: bytes) -> _Taken:
+        """Count a message as held. Raises Refusal when too many bytes are, or when it cannot be read."""
+        statistics, size = self._api.statistics, len(message)
+        if statistics.held_bytes + size > self._api.settings.max_held_bytes:
+            raise Refusal(429, "too many large requests at once", retry_after=1)
+        try:
+            request = ModelInferRequest.FromString(message)
+        except DecodeError as error:
+            raise bad(f"not a ModelInferRequest: {error}") from None
+        return _Taken(request, size, statistics)
+
+    async def _run(self, taken: _Taken) -> Any:
         """Raises Refusal."""
+        try:
+            answered = self._submit(taken)
+        except BaseException:
+            taken.release()
+            raise
+        return await answered
+
+    def _submit(self, taken: _Taken) -> asyncio.Future[Any]:
         began = self._api.clock.monotonic()
+        request = taken.request
         signature = self._models.ready(request.model_name, request.model_version)
         answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        wishes, identifier = [wish.name for wish in request.outputs], request.id
 
+        # The bytes count until the engine is done with them, whether or not the client still waits.
         def finish(outputs: dict[str, Tensor]) -> None:
-            made = _response(signature, outputs, request)
+            made = _response(signature, outputs, wishes, identifier)
+            taken.release()
             if not answered.done():
                 answered.set_result(made)
 
         def fail(refusal: Refusal) -> None:
+            taken.release()
             if not answered.done():
                 answered.set_exception(refusal)
 
         inference = Inference(signature, self._api.clock, began, finish, fail)
         try:
             tensors = _tensors(signature, request)
-            signature.check_wishes([wish.name for wish in request.outputs])
+            signature.check_wishes(wishes)
         except Refusal as refusal:
             inference.refuse(refusal)
         else:
+            # The tensors have their own bytes: those of the message are not needed any more.
+            del request
+            taken.forget()
             inference.submit(tensors, sum(len(tensor.data) for tensor in tensors))
-        return await answered
+        return answered
+
+
+class _Taken:
+    """A request whose `size` bytes count as held until `release`."""
+
+    __slots__ = ("_size", "_statistics", "request")
+
+    def __init__(self, request: Any, size: int, statistics: Statistics) -> None:
+        self.request = request
+        self._size = size
+        self._statistics = statistics
+        statistics.held_bytes += size
+
+    def forget(self) -> None:
+        """Drop the message; its bytes still count."""
+        self.request = None
+
+    def release(self) -> None:
+        self._statistics.held_bytes -= self._size
+        self._size = 0
 
 
 async def _abort(context: Any, refusal: Refusal) -> Any:
@@ -235,11 +304,11 @@ def _typed(field: Field, shape: tuple[int, ...], contents: Any) -> bytes:
     return field.pack(shape, values)
 
 
-def _response(signature: Signature, outputs: dict[str, Tensor], request: Any) -> Any:
+def _response(signature: Signature, outputs: dict[str, Tensor], wishes: list[str], identifier: str) -> Any:
     """Raises Refusal when an output is not finite."""
     served = signature.served
-    made = ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
-    for name in [wish.name for wish in request.outputs] or signature.outputs:
+    made = ModelInferResponse(model_name=served.name, model_version=served.version, id=identifier)
+    for name in wishes or signature.outputs:
         field, tensor = signature.outputs[name], outputs[name]
         check_finite(signature, field, tensor)
         made.outputs.add(name=name, datatype=field.datatype.name, shape=tensor.shape)

@@ -78,7 +78,7 @@ class Inference:
         """Queue it; `finish` or `fail` is called later on this loop, or `fail` at once."""
         signature = self._signature
         served, stats = signature.served, signature.stats
-        if served.max_batch > 1 and tensors and tensors[0].shape:
+        if signature.by_rows and tensors:
             self._rows = tensors[0].shape[0]
         stats.body.observe(body_bytes)
         self._submitted = now = self._now()
@@ -115,7 +115,8 @@ class Inference:
         stats.last = now
         stats.inferences += self._rows
         stats.executions += self._rows / timing.batch if timing.batch > self._rows else 1.0
-        stats.batch.observe(timing.batch)
+        # The engine counts rows only where it may join them.
+        stats.batch.observe(max(timing.batch, self._rows))
         stats.queue.observe(timing.queue_ns / 1e9)
         stats.infer.observe(timing.infer_ns / 1e9)
         stats.request.observe(now - self._began)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from agent.runtime.port import Overloaded
+from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
 from edgeward.errors import EdgewardError
 
@@ -35,6 +35,8 @@ def from_engine(error: EdgewardError) -> Refusal:
         return error
     if isinstance(error, Overloaded):
         return Refusal(429, str(error), retry_after=error.retry_after)
+    if isinstance(error, BadInput):
+        return bad(str(error))
     if isinstance(error, DeadlineExceeded):
         return Refusal(504, str(error))
     if isinstance(error, WorkerStopped):

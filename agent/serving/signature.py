@@ -123,10 +123,11 @@ class Field:
 class Signature:
     """A Served with its fields by name.
 
-    `kind` is the one JSON kind of all inputs, if they have only one; `json_outputs`: every output has one.
+    `by_rows`: every input has a free first dimension. `kind` is the one JSON kind of all inputs, if they
+    have only one; `json_outputs`: every output has one.
     """
 
-    __slots__ = ("finite", "inputs", "json_outputs", "kind", "outputs", "served", "stats")
+    __slots__ = ("by_rows", "finite", "inputs", "json_outputs", "kind", "outputs", "served", "stats")
 
     def __init__(self, served: Served, stats: ModelStatistics) -> None:
         """Raises Refusal when a tensor has a type that the protocol has no name for."""
@@ -135,6 +136,7 @@ class Signature:
         self.finite = served.nan == "reject"
         self.inputs = _fields("input", served, served.inputs)
         self.outputs = _fields("output", served, served.outputs)
+        self.by_rows = all(field.shape[:1] == (-1,) for field in self.inputs.values())
         self.json_outputs = all(field.datatype.kind for field in self.outputs.values())
         kinds: set[Kind | None] = {field.datatype.kind for field in self.inputs.values()}
         self.kind: Kind | None = kinds.pop() if len(kinds) == 1 else None

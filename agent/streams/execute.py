@@ -26,6 +26,8 @@ QUEUE_CALLS = 256
 CALL_SECONDS = 5.0
 LATENCIES = 10_000
 
+_appending = threading.Lock()
+
 
 class Figures(TypedDict):
     """Since the last time: runs that were done and that failed, by action; `latency_ms` has p50, p95 and
@@ -115,11 +117,14 @@ class Executor:
     def _append(self, action: Action, body: bytes) -> None:
         path = _inside(self._folder, action.file or "", "file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write, so that lines of several streams do not mix.
         target = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
-            if os.write(target, body + b"\n") != len(body) + 1:
-                raise OSError(f"{path} took a part of the line only")
+            # One after the other: streams may share a file, and what is cut off must be nobody else's line.
+            with _appending:
+                size = os.fstat(target).st_size
+                if os.write(target, body + b"\n") != len(body) + 1:
+                    os.ftruncate(target, size)
+                    raise OSError(f"{path} took a part of the line only")
         finally:
             os.close(target)
 

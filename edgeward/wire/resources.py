@@ -17,7 +17,7 @@ from edgeward.fields import explain, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
 from edgeward.wire.providers import check_providers
-from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.slots import SlotPolicy, check_policy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 from edgeward.wire.stream_checks import check_stream
 from edgeward.wire.streams import StreamSpec
@@ -250,6 +250,7 @@ def _check(spec: SpecStruct) -> None:
             for slot, policy in spec.slots.items():
                 check_name(slot, "spec.slots")
                 check_providers(policy.providers, f"spec.slots.{slot}.providers")
+                check_policy(policy, f"spec.slots.{slot}")
         case DeviceSpec():
             check_name(spec.site, "spec.site")
         case ModelVersionSpec():

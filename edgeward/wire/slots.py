@@ -6,9 +6,20 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from edgeward.errors import InvalidDocument
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 
 Bytes = Annotated[int, Meta(ge=1 << 20)]
+
+
+def check_policy(policy: SlotPolicy, field: str) -> None:
+    """What types alone cannot say. Raises InvalidDocument naming what is below `field`."""
+    if policy.isolation == "in-process" and policy.memory_bytes is not None:
+        raise InvalidDocument(
+            "in-process a model has no memory of its own that could be bounded",
+            field=f"{field}.memoryBytes",
+            hint="leave it out, or use isolation: process",
+        )
 
 
 class GuardPolicy(SpecStruct, frozen=True):
@@ -40,7 +51,8 @@ class SlotPolicy(SpecStruct, frozen=True):
     `threads` bounds the runtime's intra-op threads, `concurrency` how many requests run at once.
     `memory_bytes` is the worker's ceiling (resident set), `gpu_memory_bytes` the accelerator arena's.
     `deadline` seconds bound one inference. `isolation` `in-process` spares the worker for a trusted,
-    small model: its crash is then the agent's.
+    small model: its crash is then the agent's, it has no ceiling, one request runs at once, and a call
+    beyond its deadline cannot be ended.
 
     `providers` are the execution providers or delegates allowed, best first (empty: all that the package
     allows); with `cpu_fallback` a model that ends up on the CPU although an accelerator was meant is a

@@ -23,6 +23,9 @@ from agent.activation import Setup
 from agent.commands import register
 from agent.runtime.providers import Plan, Verdict
 from agent.runtime.providers import Rules as ProviderRules
+from agent.serving.metrics import exposition
+from agent.serving.statistics import Statistics
+from agent.slot_catalog import SlotCatalog
 from agent.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
@@ -94,6 +97,30 @@ def test_a_good_model_becomes_active_without_a_measurement_that_nobody_needs(
     assert got.measured == 0.0 and got.provider and doubles(slots)
     assert engine.names == ["m:1"] and got.variants[0].chosen and got.variants[0].p95_ms is None
     assert slots.active("default").policy == SlotPolicy()
+
+
+def test_a_version_in_several_slots_is_served_once(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("only", models["fast"]))
+    too_slow = SlotTarget(ref, policy=SlotPolicy(max_latency_ms=1e-6))
+    slots.wish({"a": too_slow, "b": SlotTarget(ref), "c": SlotTarget(ref)})
+    until(lambda: slots.report()["a"].reason and slots.active("b") and slots.active("c"))
+    assert slots.active("a") is None
+
+    catalog = SlotCatalog(slots)
+    catalog.refresh()
+
+    (served,) = catalog.all()
+    assert served.ready and (served.name, served.version) == ("m", "1")
+    assert catalog.find("m") is served and catalog.find("m", "1") is served
+    series = [
+        line.rpartition(" ")[0]
+        for line in exposition(Statistics(), catalog).decode().splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(series) == len(set(series))
 
 
 def test_a_model_off_its_golden_vectors_is_refused_and_the_running_one_stays(

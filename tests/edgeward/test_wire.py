@@ -116,6 +116,13 @@ spec:
 """
 
 
+FLEET = """\
+apiVersion: edgeward.dev/v1alpha1
+kind: Fleet
+metadata: {name: f1}
+spec:
+  matchLabels: {line: press}
+"""
 BOMB = "status:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"  a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
 )
@@ -164,6 +171,10 @@ def test_a_rollout_gets_its_defaults(tmp_path: Path) -> None:
         (
             ROLLOUT + "  waves: [{size: 1}]\n",
             r"spec\.waves\[0\]: unknown field `size`, expected one of count",
+        ),
+        (
+            FLEET + "  slots: {default: {isolation: in-process, memoryBytes: 1048576}}\n",
+            r"spec\.slots\.default\.memoryBytes: in-process .*isolation: process",
         ),
         (ROLLOUT + "colour: red\n", r"unknown field `colour`, expected one of apiVersion, kind"),
         (

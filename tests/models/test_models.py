@@ -7,17 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from agent import selftest
+from agent.runtime.engine import Engine
 from edgeward.clock import ManualClock
 from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, PackageError, UsageError
 from models import train as training
 from models.bring import Brought, Reference, bring, parse_variant
 from models.datasets import load_csv, load_named, write_csv
-from models.inspect import LoadedModel, largest_error
+from models.inspect import LoadedModel, largest_error, to_bfloat16
 from models.metrics import best_f1_threshold, detection
 from models.package import Package, golden_array, load_package
 
@@ -319,6 +322,50 @@ def test_a_model_of_texts_is_packaged_with_texts(tmp_path: Path) -> None:
     (output,) = package.golden().outputs
     assert golden_array(output).tolist() == ["größe".encode(), b"", b"pump"]
     assert load_package(tmp_path / "p").digest == package.digest
+
+
+@pytest.mark.parametrize("given", ["raw", "ml_dtypes", "csv"])
+def test_a_bfloat16_model_is_packaged_and_passes_its_own_test(tmp_path: Path, given: str) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["wide", "three"], ["tripled"]),
+        helper.make_node("Cast", ["tripled"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [None, 2]) for name in "xy")
+    three = helper.make_tensor("three", TensorProto.FLOAT, [1], [3.0])
+    file = tmp_path / "m.onnx"
+    graph = helper.make_graph(nodes, "g", [x], [y], [three])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(file))
+    values = np.array([[1.0, -2.5], [0.1, 3e30]], np.float32)
+    short = values.astype(ml_dtypes.bfloat16)
+    assert to_bfloat16(values).tolist() == short.view(np.uint16).tolist()
+    source = tmp_path / ("in.csv" if given == "csv" else "in.npz")
+    if given == "csv":
+        source.write_text("a,b\n1.0,-2.5\n0.1,3e30\n")
+    else:
+        np.savez(source, x=short if given == "ml_dtypes" else short.view(np.uint16))
+
+    package = bring(
+        [Brought("onnx-cpu", file, "onnx")], tmp_path / "p", model="m", version=1, clock=CLOCK,
+        reference=Reference(source), tolerance=(0.0, 1e-3),
+    )  # fmt: skip
+
+    golden = package.golden()
+    assert [tensor.dtype for tensor in (*golden.inputs, *golden.outputs)] == ["bfloat16"] * 2
+    tripled = (short.astype(np.float32) * 3).astype(ml_dtypes.bfloat16)
+    assert golden_array(golden.outputs[0]).tolist() == tripled.view(np.uint16).tolist()
+    engine = Engine()
+    engine.start()
+    try:
+        runner = engine.open("onnx", file.read_bytes(), "m:1")
+        inputs = selftest.golden_inputs(golden)
+        got = runner.infer(inputs)
+        assert selftest.judge(golden, got, 0.0, 1e-3).passed
+        assert selftest.row_independent(runner, inputs, (0.0, 1e-3), runner.outputs)
+        # The next number of the type is 0.8 % away, though its integer is only one more.
+        assert not selftest.judge(golden, {"y": got["y"] + np.uint16(1)}, 0.0, 1e-3).passed
+    finally:
+        engine.stop()
 
 
 def test_a_classifier_s_maps_are_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -62,6 +62,50 @@ def onnx_same(kind: int, shape: list[Any] | None = None) -> bytes:
     )
 
 
+def onnx_spinner() -> bytes:
+    """Spends as long as `n` says, in native code: `y = x + n` by n additions in a Loop. See `spin`."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Add", ["sum", "one"], ["more"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, [None, 1]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("more", TensorProto.FLOAT, [None, 1]),
+        ],
+    )
+    return onnx_model(
+        [helper.make_node("Loop", ["n", "yes", "x"], ["y"], body=body)],
+        [("x", TensorProto.FLOAT, [None, 1]), ("n", TensorProto.INT64, [])],
+        [("y", TensorProto.FLOAT, [None, 1])],
+        [
+            helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
+            helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0]),
+        ],
+    )
+
+
+def spin(n: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs for `onnx_spinner`."""
+    return {"x": np.zeros((1, 1), np.float32), "n": np.array(n, np.int64)}
+
+
+def onnx_reshape_to(size: int) -> bytes:
+    """`x [n, 3] -> y [size]`: fails for every other number of elements."""
+    return onnx_model(
+        [helper.make_node("Reshape", ["x", "to"], ["y"])],
+        [("x", TensorProto.FLOAT, [None, 3])],
+        [("y", TensorProto.FLOAT, [size])],
+        [numpy_helper.from_array(np.array([size], np.int64), "to")],
+    )
+
+
 class Tflite:
     """One subgraph, operator by operator; tensors are known by their index."""
 

@@ -11,7 +11,7 @@ from ai_edge_litert.schema_py_generated import TensorType
 from onnx import TensorProto
 
 from agent.runtime.engine import Engine
-from agent.runtime.port import Arrays, LoadOptions, load
+from agent.runtime.port import Arrays, BadInput, LoadOptions, load
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 from edgeward.wire.slots import SlotPolicy
@@ -187,7 +187,7 @@ def test_bad_input_is_named_and_the_model_stays_usable(runtime: Any, opened: Ope
     model = opened(TWO[runtime]())
     inputs, words = BAD[kind]
     for _ in range(2):
-        with pytest.raises(RuntimeFault) as fault:
+        with pytest.raises(BadInput) as fault:
             model.infer(inputs)
         assert all(word in str(fault.value) for word in words), str(fault.value)
         a = rows(3)
@@ -198,7 +198,7 @@ def test_bad_input_is_named_and_the_model_stays_usable(runtime: Any, opened: Ope
 def test_rows_that_do_not_go_together_are_refused_by_the_runtime(runtime: Any, opened: Opened) -> None:
     model = opened(TWO[runtime]())
     for _ in range(2):
-        with pytest.raises(RuntimeFault):
+        with pytest.raises(BadInput, match="inputs differ in their first dimension: a has 2, b has 5; "):
             model.infer({"a": rows(2), "b": rows(5)})
         a = rows(2)
         np.testing.assert_allclose(model.infer({"a": a, "b": a})["sum"], a + a, rtol=1e-6)
@@ -206,9 +206,30 @@ def test_rows_that_do_not_go_together_are_refused_by_the_runtime(runtime: Any, o
 
 def test_numbers_for_text_are_refused(runtime: Any, opened: Opened) -> None:
     model = opened(same(runtime, "bytes"))
-    with pytest.raises(RuntimeFault, match="input x: expected bytes, got float32"):
+    with pytest.raises(BadInput, match="input x: expected bytes, got float32"):
         model.infer({"x": rows(1, 2)})
     assert model.infer({"x": np.array([["a", b"b"]], object)})["y"].tolist() == [[b"a", b"b"]]
+
+
+def test_what_fails_in_the_model_is_not_the_inputs_fault(engine: Engine) -> None:
+    model = engine.open("onnx", graphs.onnx_reshape_to(5), "test")
+    with pytest.raises(RuntimeFault, match="onnxruntime") as fault:
+        model.infer({"x": rows(1)})
+    assert not isinstance(fault.value, BadInput)
+    model.stop()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_text_that_is_no_utf8_is_the_inputs_fault(engine: Engine, way: Any) -> None:
+    content, wrong = same("onnx", "bytes"), np.array([[b"a", b"\xff"]], object)
+    model: Any
+    if way == "direct":
+        model = load("onnx", content, LoadOptions())
+    else:
+        model = engine.open("onnx", content, "test", SlotPolicy(isolation=way))
+    with pytest.raises(BadInput, match="input x: element 1 is not UTF-8"):
+        model.infer({"x": wrong})
+    assert model.infer({"x": wrong[:, :0].reshape(0, 2)})["y"].shape == (0, 2)
 
 
 @pytest.mark.parametrize("kind", ["empty", "noise", "cut off", "the other runtime's"])

@@ -20,11 +20,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from agent.runtime.engine import Engine
-from agent.runtime.port import Arrays, Overloaded, Timing
+from agent.runtime.port import Overloaded, Timing
 from agent.runtime.tensors import to_tensors
 from agent.runtime.worker import DeadlineExceeded, Worker, WorkerStopped
 from edgeward.errors import EdgewardError, RuntimeFault
 from edgeward.wire.slots import SlotPolicy
+from tests.agent.runtime.graphs import onnx_spinner, spin
 
 
 def finish(
@@ -50,42 +51,6 @@ def mean_of_rows() -> bytes:
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 2])],
     )
-
-
-def spinner() -> bytes:
-    """Spends as long as `n` says, in native code: `y = x + n` by n additions in a Loop."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go"], ["go_on"]),
-            helper.make_node("Add", ["sum", "one"], ["more"]),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("sum", TensorProto.FLOAT, [None, 1]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("more", TensorProto.FLOAT, [None, 1]),
-        ],
-    )
-    return finish(
-        [helper.make_node("Loop", ["n", "yes", "x"], ["y"], body=body)],
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 1]),
-            helper.make_tensor_value_info("n", TensorProto.INT64, []),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
-        [
-            helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
-            helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0]),
-        ],
-    )
-
-
-def spin(n: int) -> Arrays:
-    return {"x": np.zeros((1, 1), np.float32), "n": np.array(n, np.int64)}
 
 
 FOREVER = 1 << 50
@@ -202,7 +167,7 @@ def test_a_segmentation_fault_under_load_costs_no_request_of_any_model(engine: E
 
 
 def test_a_request_that_always_crashes_fails_alone_after_two_workers(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(deadline=60), batchable=True)
+    worker = opened(engine, onnx_spinner(), SlotPolicy(deadline=60), batchable=True)
     innocent = Load(worker, 2, lambda it: it.infer(spin(3)) and None)
     stop = threading.Event()
 
@@ -228,7 +193,7 @@ def test_a_request_that_always_crashes_fails_alone_after_two_workers(engine: Eng
 
 
 def test_a_hang_costs_the_request_and_the_worker_only(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(deadline=3.0))
+    worker = opened(engine, onnx_spinner(), SlotPolicy(deadline=3.0))
     other = opened(engine, doubler())
     load = Load(other, 1, double_something)
     pid = worker.pid
@@ -269,7 +234,7 @@ def test_a_crash_loop_is_told_once_and_requests_do_not_wait_for_ever(
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(queue=2, deadline=60.0))
+    worker = opened(engine, onnx_spinner(), SlotPolicy(queue=2, deadline=60.0))
     answers: list[Any] = []
 
     def submit(n: int) -> None:
@@ -344,7 +309,7 @@ def test_one_bad_request_in_a_batch_fails_alone(engine: Engine) -> None:
 
 
 def test_stopping_at_once_waits_for_nothing(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(deadline=600.0))
+    worker = opened(engine, onnx_spinner(), SlotPolicy(deadline=600.0))
     answers: list[Any] = []
     on_loop(
         engine,
@@ -369,7 +334,7 @@ def test_who_may_take_long_for_a_request_may_for_loading(
 
 
 def test_stopping_answers_what_waits_and_refuses_what_comes(engine: Engine) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(deadline=60.0))
+    worker = opened(engine, onnx_spinner(), SlotPolicy(deadline=60.0))
     answers: list[Any] = []
 
     def submit() -> None:
@@ -387,7 +352,7 @@ def test_stopping_answers_what_waits_and_refuses_what_comes(engine: Engine) -> N
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_several_requests_run_at_once_when_the_policy_says_so(engine: Engine, concurrency: int) -> None:
-    worker = opened(engine, spinner(), SlotPolicy(concurrency=concurrency, deadline=2.0))
+    worker = opened(engine, onnx_spinner(), SlotPolicy(concurrency=concurrency, deadline=2.0))
     answers: list[Any] = []
 
     def submit() -> None:
@@ -403,7 +368,7 @@ def test_several_requests_run_at_once_when_the_policy_says_so(engine: Engine, co
 
 
 def test_workers_do_not_outlive_an_agent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(spinner())
+    (tmp_path / "model.onnx").write_bytes(onnx_spinner())
     script = textwrap.dedent(
         """
         import sys, threading, numpy as np

@@ -9,7 +9,7 @@ from math import inf, nan
 
 import pytest
 
-from agent.runtime.port import Overloaded, Tensor
+from agent.runtime.port import BadInput, Overloaded, Tensor
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
@@ -60,7 +60,13 @@ REFUSED = [
     ("m", [tensor(datatype="FP64")], "input 'in': expected datatype FP32, got 'FP64'"),
     ("m", [tensor(datatype="fp32")], "input 'in': expected datatype FP32, got 'fp32'"),
     ("m", [tensor(data=[1, 2])], "input 'in': shape [1, 3] has 3 elements, got 2"),
-    ("m", [tensor(data=[[1, 2], [3, 4]])], "input 'in': shape [1, 3] has 3 elements, got 4"),
+    ("m", [tensor(data=[[1, 2], [3, 4]])], "input 'in': expected data of shape [1, 3], got [2, 2]"),
+    ("m", [tensor(shape=[2, 3], data=[[1, 2], [3, 4], [5, 6]])], "input 'in': expected data of shape [2, 3], got [3, 2]"),
+    ("m", [tensor(shape=[2, 3], data=[[1, 2, 3], [4], [5, 6]])], "input 'in': expected data of shape [2, 3], got [3, 1 to"),
+    ("m", [tensor(shape=[2, 3], data=[[1, 2], [3, 4, 5, 6]])], "input 'in': expected data of shape [2, 3], got [2, 2 to 4]"),
+    ("m", [tensor(data=[[[1, 2, 3]]])], "input 'in': expected data of shape [1, 3], got [1, 1, 3]"),
+    ("m", [tensor(shape=[1, 4], data=[[1, 2, 3, 4]])], "input 'in': expected shape [-1, 3], got [1, 4]"),
+    ("text", [tensor(shape=[2], datatype="BYTES", data=[["a", "b"]])], "input 'in': expected data of shape [2], got [1, 2]"),
     (
         "m",
         [tensor(shape=[10**30, 3], data=[1, 2, 3])],
@@ -252,6 +258,7 @@ def test_a_model_that_may_still_be_loaded_is_not_called_unknown(ask, models):
         (WorkerStopped("has been replaced"), 503, "1"),
         (DeadlineExceeded("did not answer within 10 s"), 504, None),
         (RuntimeFault("onnxruntime: bad node"), 500, None),
+        (BadInput("input in: element 0 is not UTF-8"), 400, None),
     ],
 )
 def test_errors_of_the_engine(ask, models, runner, fault, status, retry):

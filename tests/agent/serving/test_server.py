@@ -278,6 +278,8 @@ def test_metrics_are_well_formed_and_count(models, serve):
     assert samples['edgeward_inference_request_seconds_bucket{model="m",version="3",le="+Inf"}'] == 3
     assert samples["edgeward_inference_request_seconds_count" + m] == 3
     assert samples["edgeward_inference_request_bytes_sum" + m] == 3 * len(BODY)
+    assert samples['edgeward_inference_batch_rows_bucket{model="m",version="3",le="1"}'] == 0
+    assert samples["edgeward_inference_batch_rows_sum" + m] == 6
     assert samples["edgeward_model_ready" + m] == 1
     assert samples['edgeward_model_ready{model="odd\\"name\\\\",version="3"}'] == 0
     assert samples['edgeward_http_responses_total{code="200"}'] == 3

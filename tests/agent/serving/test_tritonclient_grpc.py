@@ -13,7 +13,7 @@ from onnx import TensorProto
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from agent.runtime.port import Overloaded, Tensor
+from agent.runtime.port import BadInput, Overloaded, Tensor
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
 from agent.serving.grpc_server import _CONTENTS
 from agent.serving.proto import SERVICE, methods
@@ -43,6 +43,7 @@ def client(serve):
     def connect(**settings):
         running = serve(grpc_port=0, **settings)
         client = triton.InferenceServerClient(f"127.0.0.1:{running.server.grpc_port}")
+        client.running = running
         made.append(client)
         return client
 
@@ -169,6 +170,7 @@ def test_health_metadata_configuration_repository_and_statistics(models, client)
         (DeadlineExceeded("did not answer within 10 s"), "DEADLINE_EXCEEDED"),
         (WorkerStopped("has been replaced"), "UNAVAILABLE"),
         (RuntimeFault("onnxruntime: bad node"), "INTERNAL"),
+        (BadInput("input in: element 0 is not UTF-8"), "INVALID_ARGUMENT"),
     ],
 )
 def test_engine_errors_have_their_code(models, client, runner, fault, code):
@@ -232,3 +234,56 @@ def test_the_compiled_protocol_is_the_one_of_the_source_and_tritons():
     for name, descriptor in ours.items():
         same(descriptor, theirs[name])
     assert len(seen) > 25
+
+
+def test_bodies_of_all_requests_together_are_bounded(models, client, held):
+    """Held until the model has answered, and given back then, on both kinds of call."""
+    models.echo("slow", "uint8", [-1], runner=held)
+    models.echo("m", "uint8", [-1])
+    connected = client(max_body_bytes=1 << 20, max_held_bytes=2 << 20)
+    large = np.zeros(900_000, np.uint8)
+    answers: queue.Queue = queue.Queue()
+    for _ in range(2):
+        connected.async_infer(
+            "slow", [asked(large, "UINT8")], lambda result, error: answers.put((result, error))
+        )
+        assert held.arrived.acquire(timeout=20)
+
+    with pytest.raises(InferenceServerException, match="too many large requests at once") as error:
+        connected.infer("m", [asked(large, "UINT8")])
+    assert error.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+    streamed: queue.Queue = queue.Queue()
+    connected.start_stream(lambda result, error: streamed.put((result, error)))
+    connected.async_stream_infer("m", [asked(large, "UINT8")])
+    assert "too many large requests at once" in str(streamed.get(timeout=20)[1])
+    assert connected.infer("m", [asked(large[:1000], "UINT8")]).as_numpy("out").size == 1000
+
+    connected.running.on_loop(lambda: [held.release(index) for index in range(2)])
+    assert [answers.get(timeout=20)[1] for _ in range(2)] == [None, None]
+    for _ in range(3):
+        assert connected.infer("m", [asked(large, "UINT8")]).as_numpy("out").size == large.size
+        connected.async_stream_infer("m", [asked(large, "UINT8")])
+        assert streamed.get(timeout=20)[0].as_numpy("out").size == large.size
+        with pytest.raises(InferenceServerException, match="expected shape"):
+            connected.infer("m", [asked(large.reshape(1, -1), "UINT8")])
+        with pytest.raises(InferenceServerException, match="unknown model"):
+            connected.infer("other", [asked(large, "UINT8")])
+    connected.stop_stream()
+    assert connected.running.server.api.statistics.held_bytes == 0
+
+
+def test_a_request_whose_client_has_gone_counts_until_the_model_is_done(models, client, held):
+    models.echo("slow", "uint8", [-1], runner=held)
+    connected = client()
+    statistics = connected.running.server.api.statistics
+    call = connected.async_infer(
+        "slow", [asked(np.zeros(5000, np.uint8), "UINT8")], lambda result, error: gone.put(error)
+    )
+    gone: queue.Queue = queue.Queue()
+    assert held.arrived.acquire(timeout=20)
+    call.cancel()
+    gone.get(timeout=20)
+    connected.is_server_live()  # a round trip later
+    assert statistics.held_bytes >= 5000
+    connected.running.on_loop(lambda: held.release(0))
+    assert statistics.held_bytes == 0

@@ -1,0 +1,27 @@
+"""What a full disk leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from agent.streams.execute import Executor
+from edgeward.clock import SystemClock
+from edgeward.wire.streams import Action
+
+
+def test_a_line_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path) -> None:
+    executor = Executor(lambda topic, body: True, small_disk, SystemClock())
+    action = Action("log", file="alarms.jsonl")
+    executor.run(action, None, {"n": 1}, 0.0)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(900_000))
+
+    executor.run(action, None, {"n": 2, "text": "x" * 300_000}, 0.0)
+    filler.unlink()
+    executor.run(action, None, {"n": 3}, 0.0)
+
+    lines = (small_disk / "alarms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [1, 3]
+    figures = executor.take()
+    assert (figures["run"], figures["failed"]) == ({"log": 2}, {"log": 1})
