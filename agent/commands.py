@@ -134,7 +134,9 @@ def status(
             "generation": state.generation(),
             "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
-            "quarantined": state.quarantined(),
+            "quarantined": {
+                digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
+            },
             "outbox": {
                 lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
                 for lane in LANES

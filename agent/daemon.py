@@ -275,7 +275,7 @@ class Daemon:
             self.state.generation(),
             self.slots.report(),
             conditions=self.slots.conditions(),
-            quarantined=self.state.quarantined(),
+            quarantined=list(self.state.quarantined()),
         )
         topic = topics.reported(self.name)
         self.link.publish(topic, self._seal(reported, topic), retain=True)

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
+from agent.runtime import recovery
 from edgeward.wire.slots import GuardPolicy
 
 #: Upper bounds of latency classes in nanoseconds, each 10 % above the one before: 10 us to over a minute.
@@ -53,6 +54,12 @@ class Breach:
     message: str
     measured: float
     limit: float
+
+
+def crash_loop_breach(losses: int) -> Breach:
+    """A worker that is lost again and again, whatever it answers in between."""
+    message = f"its worker was lost {losses} times within {recovery.LOOP_SECONDS:.0f} s"
+    return Breach("CrashLoop", message, float(losses), float(recovery.LOOP_LOSSES))
 
 
 def mark(health: Health, now: float) -> Mark:
@@ -114,7 +121,10 @@ class Guard:
     def look(self, health: Health, now: float) -> Breach | None:
         """`now` is monotonic seconds. Judges since the youngest mark that is `window` old, or since the first."""
         marks, window = self._marks, self._policy.window
-        if not marks or now - marks[-1].at >= window / 60:
+        if not marks:
+            # What was asked before the first look counts too.
+            marks.append(mark(Health(), now))
+        elif now - marks[-1].at >= window / 60:
             marks.append(mark(health, now))
         while len(marks) > 1 and now - marks[1].at >= window:
             marks.popleft()

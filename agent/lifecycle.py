@@ -5,8 +5,11 @@ The running model is not part of the phase: it keeps serving until a candidate h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+import msgspec
 
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
@@ -27,6 +30,9 @@ class Event(StrEnum):
     UNAVAILABLE = "unavailable"
     CRASH_LOOP = "crash-loop"
     RECOVERED = "recovered"
+    BREACHED = "breached"
+    ROLLED_BACK = "rolled-back"
+    ALONE = "alone"
 
 
 #: (phase, event) -> phase. Whatever is not here cannot happen, and `step` says so.
@@ -44,6 +50,11 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
     (Phase.ACTIVE, Event.CRASH_LOOP): Phase.DEGRADED,
     (Phase.DEGRADED, Event.RECOVERED): Phase.ACTIVE,
+    # The guard's policy is broken: the predecessor takes over, or there is none that can.
+    (Phase.ACTIVE, Event.BREACHED): Phase.ROLLING_BACK,
+    (Phase.DEGRADED, Event.BREACHED): Phase.ROLLING_BACK,
+    (Phase.ROLLING_BACK, Event.ROLLED_BACK): Phase.QUARANTINED,
+    (Phase.ROLLING_BACK, Event.ALONE): Phase.DEGRADED,
     # A new wish may come at any time and begins at the start.
     **{(phase, Event.WISHED): Phase.PENDING for phase in Phase},
 }
@@ -70,21 +81,34 @@ RETRY_BASE, RETRY_MAX = 1.0, 300.0
 _DOUBLINGS = 20
 
 
+class Verdict(msgspec.Struct, frozen=True):
+    """Why a digest is never tried again on this device, with the figures; `at` is seconds since 1970."""
+
+    reason: str
+    at: float
+    message: str = ""
+    measured: float | None = None
+    limit: float | None = None
+
+
 def wish(
-    target: ModelRef, quarantined: frozenset[str], now: float, policy: SlotPolicy | None = None
+    target: ModelRef, quarantined: Mapping[str, Verdict], now: float, policy: SlotPolicy | None = None
 ) -> SlotState:
     """The state for a new wish; a quarantined digest is refused at once, without fetching it again."""
     policy = policy or SlotPolicy()
-    if target.digest in quarantined:
-        return SlotState(
-            target,
-            policy,
-            Phase.QUARANTINED,
-            "Quarantined",
-            "this digest was refused on this device before",
-            since=now,
-        )
-    return SlotState(target, policy, since=now)
+    verdict = quarantined.get(target.digest)
+    if verdict is None:
+        return SlotState(target, policy, since=now)
+    return SlotState(
+        target,
+        policy,
+        Phase.QUARANTINED,
+        verdict.reason,
+        f"refused on this device before: {verdict.message}".removesuffix(": "),
+        verdict.measured,
+        verdict.limit,
+        verdict.at,
+    )
 
 
 def holds(target: ModelRef, policy: SlotPolicy, losses: int, now: float) -> SlotState:

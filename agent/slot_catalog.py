@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 
+from agent.active import ActiveModel
 from agent.serving.catalog import Served
-from agent.slots import ActiveModel, Slots
+from agent.slots import Slots
 from edgeward.wire.reports import SlotReport
 
 
@@ -67,6 +68,7 @@ def _served(active: ActiveModel) -> Served:
         runner=active.runner,
         max_batch=policy.max_batch,
         nan=policy.nan,
+        health=active.health,
     )
 
 

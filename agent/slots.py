@@ -7,48 +7,31 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import msgspec
+from dataclasses import replace
 
 from agent import lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
-from agent.lifecycle import Event, SlotState, step
+from agent.active import ActiveModel, conditions, make_active
+from agent.guard import Breach, crash_loop_breach
+from agent.lifecycle import Event, SlotState, Verdict, step
+from agent.records import fallback, kept_beside, kept_blobs, recorded
 from agent.runtime.engine import Engine
-from agent.runtime.port import Runner
 from agent.state import SlotRecord, State
-from agent.streams.sketches import LiveBaseline
 from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable
 from edgeward.wire.desired import ModelRef, SlotTarget
 from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
-from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
 #: Why a model that is fine by itself was refused: a stream of its slot does not fit it.
 MISMATCH = "StreamMismatch"
 
+#: How often what runs is looked after.
+LOOK_SECONDS = 0.5
+
 _HELD = (Phase.ACTIVE, Phase.DEGRADED)
-
-
-@dataclass(frozen=True)
-class ActiveModel:
-    """A verified package, ready to infer; `live` collects what its drift figure is made of.
-
-    `condition` is what the device shall tell of the provider it runs on.
-    """
-
-    package: VerifiedPackage
-    runner: Runner
-    live: LiveBaseline
-    policy: SlotPolicy = field(default_factory=SlotPolicy)
-    condition: Condition | None = None
-
-    @property
-    def ref(self) -> ModelRef:
-        return self.package.ref
 
 
 class Slots:
@@ -80,6 +63,8 @@ class Slots:
         self._tables: dict[str, tuple[VariantMeasure, ...]] = {}
         #: Slots whose running model is in a crash loop, with the losses that made it one.
         self._looping: dict[str, int] = {}
+        #: Slots that break their guard and have nothing to go back to, with the reason.
+        self._alone: dict[str, str] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
@@ -92,7 +77,7 @@ class Slots:
                 except (EdgewardError, OSError) as error:
                     log.error("slot %s: %s cannot run again: %s", name, record.running.model, error)
                     continue
-                self._active[name] = self._made(opened, record.policy)
+                self._active[name] = make_active(opened, record.policy, self._clock)
                 self._tables[name] = opened.table
         for model in self._active.values():
             # What the last run was killed before it could remove.
@@ -115,7 +100,7 @@ class Slots:
 
     def wish(self, targets: dict[str, SlotTarget]) -> None:
         """Whole wanted state; a slot that is not in it keeps what it runs and gets no candidate."""
-        quarantined = frozenset(self._state.quarantined())
+        quarantined = self._state.quarantined()
         now = self._clock.now()
         with self._lock:
             for name, target in targets.items():
@@ -164,25 +149,8 @@ class Slots:
 
     def conditions(self) -> list[Condition]:
         """What is unusual about what runs: one condition of each type, naming the slots."""
-        by_type: dict[str, Condition] = {}
         with self._lock:
-            active = dict(self._active)
-        for slot, model in sorted(active.items()):
-            found = model.condition
-            if found is None:
-                continue
-            first = by_type.get(found.type)
-            message = f"slot {slot}: {found.message}"
-            by_type[found.type] = (
-                msgspec.structs.replace(found, message=message)
-                if first is None
-                else msgspec.structs.replace(
-                    first,
-                    message=f"{first.message}; {message}",
-                    last_transition_time=max(first.last_transition_time, found.last_transition_time),
-                )
-            )
-        return list(by_type.values())
+            return conditions(dict(self._active))
 
     def report(self) -> dict[str, SlotReport]:
         with self._lock:
@@ -213,12 +181,13 @@ class Slots:
 
     def _work(self) -> None:
         while True:
+            self._look_after()
             with self._lock:
                 if self._stop:
                     return
                 due = self._next_due()
                 if due is None:
-                    self._lock.wait(0.5)
+                    self._lock.wait(LOOK_SECONDS)
                     continue
             # A newer wish may come while the reason for stopping is being written down.
             with contextlib.suppress(_Replaced):
@@ -260,14 +229,18 @@ class Slots:
             walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error))
         except Refused as error:
             self._refuse(walk, error)
-        except (DigestMismatch, TrustError, PackageError, RuntimeFault) as error:
+        except (DigestMismatch, TrustError) as error:
+            # Of the link, the peer or the disk, not of the release: what was signed may still come.
+            log.warning("slot %s: %s", name, error)
+            walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
+        except (PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
 
     def _activate(self, walk: _Walk, opened: Opened) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""
         name, policy = walk.name, walk.state.policy
         before = self._records.get(name, SlotRecord())
-        record = _recorded(before, opened, policy)
+        record = recorded(before, opened, policy)
         try:
             walk.check()
             self._state.set_slot(name, record)
@@ -278,9 +251,10 @@ class Slots:
                     )
                     old = self._active.get(name)
                     self._records[name] = record
-                    self._active[name] = self._made(opened, policy)
+                    self._active[name] = make_active(opened, policy, self._clock)
                     self._tables[name] = opened.table
                     self._looping.pop(name, None)
+                    self._alone.pop(name, None)
             except _Replaced:
                 self._state.set_slot(name, before)
                 raise
@@ -293,12 +267,106 @@ class Slots:
         self._drop_losers(opened.package)
         self._sweep()
 
+    # what runs
+
+    def _look_after(self) -> None:
+        """Let a model give way that breaks its guard's policy."""
+        now = self._clock.monotonic()
+        for name, model in list(self._active.items()):
+            breach = self._breach(name, model, now)
+            if breach is None:
+                if self._alone.pop(name, ""):
+                    self._recover(name)
+                continue
+            if self._alone.get(name) == breach.reason:
+                continue
+            try:
+                self._give_way(name, model, breach)
+            except (EdgewardError, OSError, sqlite3.Error) as error:
+                log.exception("slot %s: %s cannot give way yet: %s", name, _runner_name(model.ref), error)
+
+    def _breach(self, name: str, model: ActiveModel, now: float) -> Breach | None:
+        losses = self._looping.get(name)
+        if losses and model.policy.guard.crash_loop:
+            return crash_loop_breach(losses)
+        return model.guard.look(model.health, now) if model.guard is not None else None
+
+    def _give_way(self, name: str, model: ActiveModel, breach: Breach) -> None:
+        """To the predecessor, loaded before anything is changed; durable first, then visible."""
+        record = self._records[name]
+        log.error("slot %s: %s breaks its guard: %s", name, _runner_name(model.ref), breach.message)
+        self._tell(name, model.ref, Event.BREACHED, breach)
+        back = fallback(record)
+        if back is None or back.running is None or back.running.digest in self._state.quarantined():
+            self._left_alone(name, model.ref, breach, "there is no model to go back to")
+            return
+        try:
+            opened = self._activation.reopen(back.running, back)
+        except (EdgewardError, OSError) as error:
+            self._left_alone(name, model.ref, breach, f"its predecessor cannot run: {error}")
+            return
+        verdict = Verdict(breach.reason, self._clock.now(), breach.message, breach.measured, breach.limit)
+        try:
+            self._state.roll_back(name, back, model.ref.digest, verdict)
+        except BaseException:
+            opened.runner.stop()
+            raise
+        with self._lock:
+            self._records[name] = back
+            self._active[name] = make_active(opened, back.policy, self._clock)
+            self._tables[name] = opened.table
+            self._looping.pop(name, None)
+            self._alone.pop(name, None)
+        self._tell(name, model.ref, Event.ROLLED_BACK, breach)
+        log.warning("slot %s: %s runs again", name, _runner_name(back.running))
+        model.runner.stop()
+        self._sweep()
+
+    def _left_alone(self, name: str, ref: ModelRef, breach: Breach, why: str) -> None:
+        log.error("slot %s: %s goes on: %s", name, _runner_name(ref), why)
+        self._alone[name] = breach.reason
+        self._tell(name, ref, Event.ALONE, replace(breach, message=f"{breach.message}; {why}"))
+
+    def _recover(self, name: str) -> None:
+        with self._lock:
+            state = self._candidates.get(name)
+            if state is None or state.phase is not Phase.DEGRADED:
+                return
+            self._candidates[name] = step(
+                state,
+                Event.RECOVERED,
+                self._clock.now(),
+                reason="Recovered",
+                message="its guard is kept again",
+            )
+        self._changed()
+
+    def _tell(self, name: str, ref: ModelRef, event: Event, breach: Breach) -> None:
+        """Take the step in the slot's state, unless that is about a newer wish already."""
+        with self._lock:
+            state = self._candidates.get(name)
+            if state is None or state.target != ref or (state.phase, event) not in lifecycle.TABLE:
+                return
+            self._candidates[name] = step(
+                state,
+                event,
+                self._clock.now(),
+                reason=breach.reason,
+                message=breach.message,
+                measured=breach.measured,
+                limit=breach.limit,
+            )
+        self._changed()
+
     def _refuse(self, walk: _Walk, refusal: Refused) -> None:
         target = walk.state.target
         log.error("slot %s: refused %s:%s: %s", walk.name, target.model, target.version, refusal)
         # What fails under this policy only may pass under another.
         if refusal.lasting:
-            self._state.quarantine(target.digest, refusal.reason, self._clock.now())
+            verdict = Verdict(
+                refusal.reason, self._clock.now(), str(refusal), refusal.measured, refusal.limit
+            )
+            self._state.quarantine(target.digest, verdict)
         with self._lock:
             walk.take(
                 Event.REFUSED,
@@ -311,53 +379,18 @@ class Slots:
         walk.tell()
         self._sweep()
 
-    def _made(self, opened: Opened, policy: SlotPolicy) -> ActiveModel:
-        condition = opened.condition
-        if condition is not None and not condition.last_transition_time:
-            condition = msgspec.structs.replace(condition, last_transition_time=self._clock.now())
-        live = LiveBaseline(opened.package.manifest.baseline)
-        return ActiveModel(opened.package, opened.runner, live, policy, condition)
-
     def _sweep(self) -> None:
         """Compiled forms stay with the blobs that a slot runs or may go back to."""
-        self._activation.sweep(self._kept())
+        self._activation.sweep(kept_blobs(self._records.values(), self._active.values()))
 
     def _drop_losers(self, package: VerifiedPackage) -> None:
-        """Only what no slot runs or may go back to, and what none needs to start again."""
-        keep = self._kept()
-        for record in self._records.values():
-            keep |= {ref.digest for ref in (record.running, record.previous) if ref is not None}
-            for ref, blob in ((record.running, record.blob), (record.previous, record.previous_blob)):
-                if ref == package.ref and not blob:
-                    return  # an older agent did not write down which of its variants that is
-        keep |= {model.package.manifest.golden.blob.digest for model in self._active.values()}
-        self._activation.drop_losers(package.manifest, keep)
-
-    def _kept(self) -> set[str]:
-        """The variants' blobs that a slot runs or may go back to."""
-        kept = {blob for record in self._records.values() for blob in (record.blob, record.previous_blob)}
-        # Not what is written down where that variant's runtime was taken away, or an older agent wrote.
-        return kept | {model.package.variant.blob.digest for model in self._active.values()}
+        keep = kept_beside(package, self._records.values(), self._active.values())
+        if keep is not None:
+            self._activation.drop_losers(package.manifest, keep)
 
 
 def _runner_name(ref: ModelRef) -> str:
     return f"{ref.model}:{ref.version}"
-
-
-def _recorded(before: SlotRecord, opened: Opened, policy: SlotPolicy) -> SlotRecord:
-    """The durable record after an activation; the same model under another policy keeps its predecessor."""
-    package = opened.package
-    again = before.running == package.ref
-    return SlotRecord(
-        running=package.ref,
-        previous=before.previous if again else before.running,
-        policy=policy,
-        variant=package.variant.name,
-        batchable=opened.batchable,
-        blob=package.variant.blob.digest,
-        previous_blob=before.previous_blob if again else before.blob,
-        variants=list(opened.table),
-    )
 
 
 class _Replaced(Exception):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import VariantMeasure
 from edgeward.wire.rows import Row
@@ -25,7 +26,7 @@ from edgeward.wire.topics import LANES, Lane
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS quarantine (digest TEXT PRIMARY KEY, reason TEXT, at REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS verdict (digest TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS measurement (key TEXT PRIMARY KEY, value BLOB NOT NULL, at REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trend (stream TEXT, n INTEGER, change BLOB NOT NULL, PRIMARY KEY (stream, n)) WITHOUT ROWID;
@@ -56,8 +57,9 @@ class LaneState:
 class SlotRecord(msgspec.Struct, frozen=True):
     """What a slot runs and ran: survives every restart. `refused` names a target that failed here.
 
-    `policy`, `variant` and `batchable` are how `running` was activated, `blob` and `previous_blob` the
-    digests of the variants' blobs, and `variants` what the choice was made from.
+    `policy`, `variant` and `batchable` are how `running` was activated, `previous_variant` and
+    `previous_batchable` how `previous` was, `blob` and `previous_blob` the digests of the variants' blobs,
+    and `variants` what the choice was made from.
     """
 
     running: ModelRef | None = None
@@ -72,6 +74,8 @@ class SlotRecord(msgspec.Struct, frozen=True):
     batchable: bool = False
     blob: str = ""
     previous_blob: str = ""
+    previous_variant: str = ""
+    previous_batchable: bool = False
     variants: list[VariantMeasure] = []
 
 
@@ -169,13 +173,25 @@ class State:
         with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO slot VALUES (?,?)", (name, _encode(record)))
 
-    def quarantine(self, digest: str, reason: str, at: float) -> None:
+    def quarantine(self, digest: str, verdict: Verdict) -> None:
         with self.transaction():
-            self._db.execute("INSERT OR IGNORE INTO quarantine VALUES (?,?,?)", (digest, reason, at))
+            self._condemn(digest, verdict)
 
-    def quarantined(self) -> list[str]:
+    def roll_back(self, name: str, record: SlotRecord, digest: str, verdict: Verdict) -> None:
+        """The slot runs its predecessor, and `digest` is never tried again: both or neither."""
+        with self.transaction():
+            self._condemn(digest, verdict)
+            self._db.execute("INSERT OR REPLACE INTO slot VALUES (?,?)", (name, _encode(record)))
+
+    def _condemn(self, digest: str, verdict: Verdict) -> None:
+        self._db.execute("INSERT OR IGNORE INTO verdict VALUES (?,?)", (digest, _encode(verdict)))
+
+    def quarantined(self) -> dict[str, Verdict]:
+        """Why, by digest, in the order of their times."""
         with self._lock:
-            return [row[0] for row in self._db.execute("SELECT digest FROM quarantine ORDER BY at, digest")]
+            rows = self._db.execute("SELECT digest, record FROM verdict").fetchall()
+        found = {digest: msgspec.msgpack.decode(record, type=Verdict) for digest, record in rows}
+        return dict(sorted(found.items(), key=lambda item: (item[1].at, item[0])))
 
     def measurement(self, key: str) -> Measurement | None:
         """What was measured under `key` before; None also for what another version of the agent wrote."""

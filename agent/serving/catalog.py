@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from agent.guard import Health
 from agent.runtime.port import Runner
 from edgeward.wire.package import Runtime, TensorSpec
 
@@ -23,6 +24,7 @@ class Served:
     reason: str = ""
     max_batch: int = 1
     nan: Literal["reject", "allow"] = "reject"
+    health: Health = field(default_factory=Health, compare=False)
 
     @property
     def ready(self) -> bool:

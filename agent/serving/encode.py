@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from agent.runtime.port import Tensor
 from agent.serving.messages import BINARY, JSON, Response
-from agent.serving.refusal import Refusal, bad
+from agent.serving.refusal import NotFinite, Refusal, bad
 from agent.serving.signature import Field, Signature
 from edgeward.wire.tensors import unpack_elements
 
@@ -85,5 +85,5 @@ def _values(signature: Signature, field: Field, tensor: Tensor) -> Any:
 
 def _not_finite(signature: Signature, problem: str) -> Refusal:
     if signature.finite:
-        return Refusal(500, f"{problem}: the model's result is refused")
+        return NotFinite(500, f"{problem}: the model's result is refused")
     return bad(f"{problem}, which JSON cannot carry: ask for the output as binary data (binary_data)")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from agent.runtime.port import Tensor, Timing
 from agent.serving.catalog import Catalog, Served
-from agent.serving.refusal import Refusal, from_engine
+from agent.serving.refusal import NotFinite, Refusal, blames_model, from_engine
 from agent.serving.signature import Signature
 from agent.serving.statistics import Statistics
 from edgeward.clock import Clock
@@ -98,10 +98,19 @@ class Inference:
         stats = signature.stats
         stats.pending -= 1
         arrived = self._now()
+        health = signature.served.health
         try:
             if isinstance(result, EdgewardError):
+                if blames_model(result):
+                    health.failed += 1
                 raise from_engine(result)
-            self._finish(signature.check_outputs(result))
+            outputs = self._checked(result)
+            health.note(timing.infer_ns)
+            self._finish(outputs)
+        except NotFinite as refusal:
+            health.not_finite += 1
+            self.refuse(refusal)
+            return
         except Refusal as refusal:
             self.refuse(refusal)
             return
@@ -120,6 +129,13 @@ class Inference:
         stats.queue.observe(timing.queue_ns / 1e9)
         stats.infer.observe(timing.infer_ns / 1e9)
         stats.request.observe(now - self._began)
+
+    def _checked(self, result: list[Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._signature.check_outputs(result)
+        except Refusal:
+            self._signature.served.health.failed += 1
+            raise
 
     def refuse(self, refusal: Refusal) -> None:
         self._signature.stats.failure(refusal.status, self._now() - self._began)

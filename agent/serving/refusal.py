@@ -6,7 +6,7 @@ import math
 
 from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
-from edgeward.errors import EdgewardError
+from edgeward.errors import EdgewardError, RuntimeFault
 
 
 class Refusal(EdgewardError):
@@ -23,6 +23,15 @@ class Refusal(EdgewardError):
         self.status = status
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
         self.allow = allow
+
+
+class NotFinite(Refusal):
+    """The model gave NaN or infinity, which its slot's policy does not accept."""
+
+
+def blames_model(error: EdgewardError) -> bool:
+    """Whether an error of the engine speaks against the model, and not of the request, a queue or a stop."""
+    return isinstance(error, RuntimeFault) and not isinstance(error, BadInput | WorkerStopped)
 
 
 def bad(message: str) -> Refusal:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from agent.runtime.port import Overloaded
+from agent.active import ActiveModel
+from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import WorkerStopped
-from agent.slots import ActiveModel
 from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
 from agent.streams.examples import Examples, make_examples
@@ -338,7 +338,13 @@ class StreamRunner:
             def ask(
                 rows: Any, model: ActiveModel = model, signature: Signature = signature
             ) -> dict[str, Any]:
-                return model.runner.infer(signature.feed(rows, features))
+                try:
+                    return model.runner.infer(signature.feed(rows, features))
+                except RuntimeFault as fault:
+                    # More are asked again in parts, until those that are refused stand alone.
+                    if len(rows) == 1 and not isinstance(fault, BadInput | WorkerStopped):
+                        model.health.failed += 1
+                    raise
 
             misfits = signature.misfits(examples.inputs, features)
             began = self._clock.monotonic()
@@ -371,8 +377,12 @@ class StreamRunner:
                 checked = without_not_finite(outputs)
                 if wrong := int((outputs.answered & ~checked.answered).sum()):
                     self.count("not_finite", wrong)
+                    model.health.not_finite += wrong
                 outputs = checked
-            return model, outputs, (self._clock.monotonic() - began) * 1e3
+            spent = self._clock.monotonic() - began
+            model.health.note(round(spent * 1e9), int(answered.sum()))
+            model.health.alarms += int(outputs.alarm.sum())
+            return model, outputs, spent * 1e3
 
     # figures
 

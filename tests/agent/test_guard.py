@@ -88,6 +88,12 @@ def test_the_window_slides_over_what_happened(steps: list[tuple[float, int, bool
         assert (breach is not None) in verdicts
 
 
+def test_what_came_before_the_first_look_counts() -> None:
+    guard, health = Guard(GuardPolicy()), Health()
+    health.failed += 100
+    assert guard.look(health, 5.0) is not None
+
+
 def test_what_is_over_is_forgotten() -> None:
     guard, health = Guard(GuardPolicy(window=60.0)), Health()
     guard.look(health, 0.0)

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import lifecycle
-from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, step, wish
+from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, Verdict, step, wish
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase
 from edgeward.wire.slots import SlotPolicy
 
 ONE = ModelRef("m", 1, "1" * 64)
+VERDICT = Verdict("GuardErrorRate", 5.0, "11 of 20 failed", 0.55, 0.5)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
@@ -49,8 +50,16 @@ def test_a_crash_loop_degrades_with_its_figures_until_it_is_over() -> None:
 
 
 def test_a_quarantined_digest_is_refused_at_once() -> None:
-    assert wish(ONE, frozenset({ONE.digest}), 1.0).phase is Phase.QUARANTINED
-    fresh = wish(ONE, frozenset({"other"}), 1.0, SlotPolicy(threads=3))
+    assert wish(ONE, {ONE.digest: VERDICT}, 1.0).phase is Phase.QUARANTINED
+    refused = wish(ONE, {ONE.digest: VERDICT}, 1.0)
+    assert (refused.reason, refused.measured, refused.limit, refused.since) == (
+        "GuardErrorRate",
+        0.55,
+        0.5,
+        5.0,
+    )
+    assert refused.message == "refused on this device before: 11 of 20 failed"
+    fresh = wish(ONE, {"other": VERDICT}, 1.0, SlotPolicy(threads=3))
     assert fresh.phase is Phase.PENDING and fresh.policy.threads == 3
 
 
@@ -67,7 +76,7 @@ class Walk(RuleBasedStateMachine):
         self.now = 100.0
         self.tested = False
         self.waits: list[float] = []
-        self.state = wish(ONE, frozenset(), self.now)
+        self.state = wish(ONE, {}, self.now)
 
     @rule(event=st.sampled_from(list(Event)), seconds=st.floats(0, 1000))
     def happens(self, event: Event, seconds: float) -> None:

@@ -268,6 +268,27 @@ def test_errors_of_the_engine(ask, models, runner, fault, status, retry):
     assert ask("m", {"inputs": [tensor()]})[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("given", "counted"),
+    [
+        ([Tensor("out", "float32", (1,), b"\0\0\0\0")], (1, 0, 0)),
+        ([Tensor("out", "float32", (1,), b"\0\0\xc0\x7f")], (1, 0, 1)),
+        ([Tensor("other", "float32", (1,), b"\0\0\0\0")], (0, 1, 0)),
+        (RuntimeFault("bad node"), (0, 1, 0)),
+        (DeadlineExceeded("too slow"), (0, 1, 0)),
+        (WorkerStopped("has been replaced"), (0, 0, 0)),
+        (Overloaded("256 wait", 1.0), (0, 0, 0)),
+        (BadInput("input 'in'"), (0, 0, 0)),
+    ],
+)
+def test_what_the_model_did_counts_towards_its_health_and_nothing_else(ask, models, runner, given, counted):
+    served = models.echo("watched", "float32", [-1], runner=runner(lambda inputs: given))
+    ask("watched", {"inputs": [tensor(shape=[1], data=[1.0])]})
+    ask("watched", {"inputs": [tensor(shape=[2], data=[1.0])]})
+    health = served.health
+    assert (health.answered, health.failed, health.not_finite) == counted
+
+
 def test_a_full_queue_is_refused_at_once_with_when_to_come_back(ask, models, runner):
     class Full(runner):
         def submit(self, inputs, done):

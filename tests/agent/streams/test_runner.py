@@ -19,8 +19,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from agent.active import ActiveModel
 from agent.runtime.engine import Engine
-from agent.slots import ActiveModel
 from agent.state import State
 from agent.streams import runner as module
 from agent.streams import writer as writer_module
@@ -381,6 +381,10 @@ def test_an_infinite_output_acts_only_where_the_slot_allows_it(rig: Rig, nan: An
     assert [row.outputs.get("score") for row in rig.rows("result")] == [1.0, None, 2.0]
     assert len(rig.wire.on("alarms")) == (nan == "allow")
     assert runner.report().other.get("not_finite", 0) == (nan == "reject")
+    assert rig.model is not None
+    health = rig.model.health
+    assert (health.answered, health.failed, health.not_finite) == (3, 0, int(nan == "reject"))
+    assert health.alarms == (nan == "allow")
 
 
 def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
