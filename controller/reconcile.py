@@ -13,7 +13,7 @@ from sqlmodel import Session
 from controller import devices as device_rules
 from controller.changes import Changes
 from controller.releases import Releases
-from controller.rollouts.plan import ENDED, Seen, plan
+from controller.rollouts.plan import ENDED, Seen, plan, predecessor
 from controller.store import records, resources
 from controller.store.database import Store
 from controller.store.tables import AssignmentRow, DesiredRow, ResourceRow
@@ -215,7 +215,8 @@ class _Work:
             adopts=adopts,
         )
         for device, model in made.changes.items():
-            self._assign(device, spec, row.name, model, target)
+            previous = predecessor(fleet[device]) if model == target else None
+            self._assign(device, spec, row.name, model, previous)
         self.changed |= resources.set_status(self._session, row, msgspec.to_builtins(made.status))
         for event in made.status.timeline[-3:]:
             if event.at == self._now and event not in status.timeline:
@@ -239,7 +240,7 @@ class _Work:
         return device_rules.worst_psi(newest[0] if newest else None, target.digest)
 
     def _assign(
-        self, device: str, spec: RolloutSpec, rollout: str, model: ModelRef | None, target: ModelRef
+        self, device: str, spec: RolloutSpec, rollout: str, model: ModelRef | None, previous: ModelRef | None
     ) -> None:
         self.changed = True
         key = (device, spec.slot)
@@ -249,12 +250,11 @@ class _Work:
                 self._session.delete(row)
                 del self._assignments[key]
             return
-        before = row.active if row is not None and model == target else None
         if row is None:
             row = AssignmentRow(device=device, slot=spec.slot, fleet="", rollout="", active={})
             self._assignments[key] = row
         row.fleet, row.rollout, row.active = spec.fleet, rollout, msgspec.to_builtins(model)
-        row.previous = before
+        row.previous = msgspec.to_builtins(previous)
         self._session.add(row)
 
     def _desire(self, row: ResourceRow) -> None:
