@@ -145,7 +145,7 @@ class StreamRunner:
 
     def take(self, samples: Samples) -> bool:
         """See Sink. Nothing is taken while no model fits: the samples wait at the sensor."""
-        if self._active(self._spec.slot) is None or self._reason:
+        if self.blocked:
             return False
         with self._arrived:
             if len(self._queue) >= QUEUE_MESSAGES or self._queued >= QUEUE_SAMPLES:
@@ -154,6 +154,12 @@ class StreamRunner:
             self._queued += len(samples)
             self._arrived.notify()
         return True
+
+    @property
+    def blocked(self) -> str:
+        """See Sink."""
+        slot = self._spec.slot
+        return self._reason or ("" if self._active(slot) is not None else f"slot {slot} has no model")
 
     def count(self, what: str, number: int = 1) -> None:
         self._figures.count(what, number)
@@ -403,5 +409,5 @@ class StreamRunner:
             dropped=counts["dropped"],
             other=taken.other,
             actions=self._reactions.take(),
-            reason=self._reason,
+            reason=self.blocked,
         )
