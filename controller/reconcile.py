@@ -17,6 +17,7 @@ from controller.rollouts.plan import ENDED, Seen, plan, predecessor
 from controller.store import records, resources
 from controller.store.database import Store
 from controller.store.tables import AssignmentRow, DesiredRow, ResourceRow
+from controller.streams import summary
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 from edgeward.identifiers import DeviceName
@@ -185,6 +186,7 @@ class _Work:
             policy = self._policies.get(assigned.fleet, {}).get(slot)
             if policy is not None:
                 self._slot_policies.setdefault(device, {})[slot] = policy
+        self._summarise_streams()
         for row in self.devices.values():
             self._desire(row)
 
@@ -294,6 +296,17 @@ class _Work:
         status["desiredGeneration"] = held.generation
         status["state"] = device_rules.device_state(status, models, held.generation)
         self.changed |= resources.set_status(self._session, row, status)
+
+    def _summarise_streams(self) -> None:
+        statuses = {name: row.status for name, row in self.devices.items()}
+        for name, row in self._streams.items():
+            wanted = {
+                device
+                for fleet, members in self._members.items()
+                if name in self._fleets[fleet].spec["streams"]
+                for device in members
+            }
+            self.changed |= resources.set_status(self._session, row, summary(name, wanted, statuses))
 
     def _streams_of(self, device: str) -> list[StreamTarget]:
         names = {
