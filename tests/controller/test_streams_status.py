@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 
 from controller.streams import NAMED, REASON_LENGTH, streams_of, summary, with_condition
+from edgeward.broker import free_port
 from edgeward.cli.resources import table
 from edgeward.wire import topics
 from edgeward.wire.envelope import seal
@@ -110,3 +115,37 @@ def test_people_see_where_a_stream_does_not_run_and_why(plant: Any, until: Any) 
     until(lambda: stream()["running"] == 2)
     assert stream()["reasons"] == []
     assert [one["type"] for one in plant.device("d1")["status"]["conditions"]] == ["ProviderFallback"]
+
+
+def test_an_agent_without_a_model_says_so_everywhere(
+    plant_with_broker: Any, make: Any, until: Any, tmp_path: Path
+) -> None:
+    plant, port = plant_with_broker, free_port()
+    plant.begin()
+    http = make("Stream", "push", source={"http": {}}, features=["a"])
+    fleet = make("Fleet", "line", matchLabels={"site": "north"}, streams=["push"])
+    plant.client.apply([http, fleet])
+    folder, token = tmp_path / "agent", tmp_path / "token"
+    token.write_text(plant.client.create_enrollment_token(["north"]))
+    agent = [sys.executable, "-m", "edgeward.cli.main", "agent"]
+    enroll = ["enroll", "--url", plant.url, "--token-file", str(token), "--name", "d1", "--dir", str(folder)]
+    subprocess.run([*agent, *enroll], check=True)
+    run = ["run", "--dir", str(folder), "--report-interval", "0.5", "--serve", f"127.0.0.1:{port}"]
+    running = subprocess.Popen([*agent, *run])
+    try:
+        why = "slot default has no model"
+        until(lambda: plant.client.get("Stream", "push")["status"].get("notRunning") == 1, timeout=60.0)
+        assert plant.client.get("Stream", "push")["status"]["reasons"] == [{"device": "d1", "reason": why}]
+        (condition,) = plant.device("d1")["status"]["conditions"]
+        assert condition["message"] == f"stream push: {why}"
+        samples = f"http://127.0.0.1:{port}/v1/streams/push/samples"
+        answer = httpx.post(samples, json={"a": 1}, trust_env=False)
+        assert answer.status_code == 503 and why in answer.json()["error"]
+        assert answer.headers["retry-after"] == "1"
+    finally:
+        running.terminate()
+        running.wait()
+    said = subprocess.run(
+        [*agent, "status", "--dir", str(folder)], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"stream push: does not run: {why}" in said
