@@ -19,6 +19,7 @@ from edgeward.errors import MissingDependency, NotFound, UsageError
 
 if TYPE_CHECKING:
     from agent.serving.settings import Settings
+    from edgeward.wire.reports import StreamReport
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -130,6 +131,7 @@ def status(
         raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
     state = State(path, read_only=True)
     try:
+        reported_at, streams = state.stream_reports()
         facts = {
             "generation": state.generation(),
             "epoch": state.epoch,
@@ -137,6 +139,7 @@ def status(
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
+            "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
             "outbox": {
                 lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
                 for lane in LANES
@@ -156,6 +159,8 @@ def status(
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
         for row in record.get("variants") or []:
             out.print(f"  {variant_line(row)}", markup=False)
+    for report in streams:
+        out.print(stream_line(report), markup=False)
     for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
 
@@ -170,6 +175,15 @@ def variant_line(row: dict[str, Any]) -> str:
     if row["quality"] is not None:
         parts.append(f"quality {row['quality']:.6g}")
     return "  ".join([*parts, row["reason"]]).rstrip()
+
+
+def stream_line(report: StreamReport) -> str:
+    """One stream in its newest report."""
+    if report.reason:
+        return f"stream {report.stream}: does not run: {report.reason}"
+    counts = {"rows": report.rows, "alarms": report.alarms, "late": report.late, "rejected": report.rejected}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "rows")
+    return f"stream {report.stream}: {said} in the newest report"
 
 
 def state_slots(facts: dict[str, object]) -> list[tuple[str, dict[str, Any]]]:

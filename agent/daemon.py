@@ -283,10 +283,15 @@ class Daemon:
     def _send_report(self, seconds: float) -> None:
         rows, size = self.state.outbox_size()
         acked = sum(self.state.lane(lane).floor for lane in LANES)
+        boot, n, now = self._next()
+        streams = self.streams.report()
+        self.state.set_stream_reports(now, streams)
         report = Report(
-            *self._next(),
+            boot,
+            n,
+            now,
             seconds,
-            self.streams.report(),
+            streams,
             OutboxReport(rows, size, acked, 0),
             psutil.Process().memory_info().rss,
         )

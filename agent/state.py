@@ -18,7 +18,7 @@ import msgspec
 
 from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.reports import VariantMeasure
+from edgeward.wire.reports import StreamReport, VariantMeasure
 from edgeward.wire.rows import Row
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.topics import LANES, Lane
@@ -161,6 +161,21 @@ class State:
         with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (generation,))
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('desired', ?)", (raw,))
+
+    # what was reported
+
+    def stream_reports(self) -> tuple[float, list[StreamReport]]:
+        """When the newest report on the streams was made, and what it said; 0 and nothing without one."""
+        value = self._meta("streams")
+        try:
+            if isinstance(value, bytes):
+                return msgspec.msgpack.decode(value, type=tuple[float, list[StreamReport]])
+        except msgspec.DecodeError:  # another version of the agent wrote it
+            pass
+        return 0.0, []
+
+    def set_stream_reports(self, at: float, reports: list[StreamReport]) -> None:
+        self._set_meta("streams", _encode((at, reports)))
 
     # slots
 

@@ -29,8 +29,14 @@ def up(
         str | None, typer.Option("--broker", help="mqtt(s)://HOST[:PORT]; without it one is embedded.")
     ] = None,
     broker_port: Annotated[
-        int, typer.Option("--broker-port", min=0, max=65535, help="Port of the embedded broker.")
+        int, typer.Option("--broker-port", min=0, max=65535, help="Port of the embedded broker (MQTT v5).")
     ] = 1883,
+    broker_port_311: Annotated[
+        int | None,
+        typer.Option(
+            "--broker-port-311", min=1, max=65535, help="A second port of it, for clients of MQTT 3.1.1."
+        ),
+    ] = None,
     database: Annotated[
         str | None,
         typer.Option(
@@ -52,4 +58,12 @@ def up(
             f"the controller is not installed completely: {error.name}",
             hint="pip install 'edgeward[controller]'",
         ) from None
-    serve(data, host, port, broker=broker, broker_port=broker_port, database=database or "")
+    serve(
+        data,
+        host,
+        port,
+        broker=broker,
+        broker_port=broker_port,
+        broker_port_311=broker_port_311,
+        database=database or "",
+    )

@@ -16,6 +16,7 @@ from controller.changes import Changes
 from controller.identity import Authority
 from controller.store import records, resources
 from controller.store.database import Store
+from controller.streams import streams_of, with_condition
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, TrustError
 from edgeward.trust.certificates import DeviceIdentity
@@ -76,7 +77,8 @@ class Ingest:
                 return False
             if isinstance(message, Report):
                 records.add_report(session, device, now, {**plain(message), "receivedAt": now})
-            resources.set_status(session, row, {**row.status, **observed(message), "lastSeen": now})
+            status = {**row.status, **observed(message), "lastSeen": now}
+            resources.set_status(session, row, with_condition(status, row.status, now))
             desired = records.desired(session, device)
             generation = desired.generation if desired else 0
         # Outside the transaction: whoever is woken shall see what was written.
@@ -107,8 +109,8 @@ def observed(message: Status | Reported | Report) -> dict[str, Any]:
                 "conditions": plain(message.conditions),
                 "quarantined": message.quarantined,
             }
-        case _:
-            return {"connection": "Online"}
+        case Report():
+            return {"connection": "Online", "streams": streams_of(message)}
 
 
 def plain(value: Any) -> Any:

@@ -13,10 +13,11 @@ from sqlmodel import Session
 from controller import devices as device_rules
 from controller.changes import Changes
 from controller.releases import Releases
-from controller.rollouts.plan import ENDED, Seen, plan
+from controller.rollouts.plan import ENDED, Seen, plan, predecessor
 from controller.store import records, resources
 from controller.store.database import Store
 from controller.store.tables import AssignmentRow, DesiredRow, ResourceRow
+from controller.streams import summary
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 from edgeward.identifiers import DeviceName
@@ -185,6 +186,7 @@ class _Work:
             policy = self._policies.get(assigned.fleet, {}).get(slot)
             if policy is not None:
                 self._slot_policies.setdefault(device, {})[slot] = policy
+        self._summarise_streams()
         for row in self.devices.values():
             self._desire(row)
 
@@ -215,7 +217,8 @@ class _Work:
             adopts=adopts,
         )
         for device, model in made.changes.items():
-            self._assign(device, spec, row.name, model, target)
+            previous = predecessor(fleet[device]) if model == target else None
+            self._assign(device, spec, row.name, model, previous)
         self.changed |= resources.set_status(self._session, row, msgspec.to_builtins(made.status))
         for event in made.status.timeline[-3:]:
             if event.at == self._now and event not in status.timeline:
@@ -239,7 +242,7 @@ class _Work:
         return device_rules.worst_psi(newest[0] if newest else None, target.digest)
 
     def _assign(
-        self, device: str, spec: RolloutSpec, rollout: str, model: ModelRef | None, target: ModelRef
+        self, device: str, spec: RolloutSpec, rollout: str, model: ModelRef | None, previous: ModelRef | None
     ) -> None:
         self.changed = True
         key = (device, spec.slot)
@@ -249,12 +252,11 @@ class _Work:
                 self._session.delete(row)
                 del self._assignments[key]
             return
-        before = row.active if row is not None and model == target else None
         if row is None:
             row = AssignmentRow(device=device, slot=spec.slot, fleet="", rollout="", active={})
             self._assignments[key] = row
         row.fleet, row.rollout, row.active = spec.fleet, rollout, msgspec.to_builtins(model)
-        row.previous = before
+        row.previous = msgspec.to_builtins(previous)
         self._session.add(row)
 
     def _desire(self, row: ResourceRow) -> None:
@@ -294,6 +296,17 @@ class _Work:
         status["desiredGeneration"] = held.generation
         status["state"] = device_rules.device_state(status, models, held.generation)
         self.changed |= resources.set_status(self._session, row, status)
+
+    def _summarise_streams(self) -> None:
+        statuses = {name: row.status for name, row in self.devices.items()}
+        for name, row in self._streams.items():
+            wanted = {
+                device
+                for fleet, members in self._members.items()
+                if name in self._fleets[fleet].spec["streams"]
+                for device in members
+            }
+            self.changed |= resources.set_status(self._session, row, summary(name, wanted, statuses))
 
     def _streams_of(self, device: str) -> list[StreamTarget]:
         names = {

@@ -60,7 +60,16 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: int, database: str) -> None:
+def serve(
+    data: Path,
+    host: str,
+    port: int,
+    *,
+    broker: str | None,
+    broker_port: int,
+    broker_port_311: int | None,
+    database: str,
+) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
         Broker(broker).endpoint()
@@ -70,7 +79,7 @@ def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: 
         embedded = None
         if broker is None:
             data.mkdir(parents=True, exist_ok=True, mode=0o700)
-            embedded = EmbeddedBroker(data / "broker", broker_port, host)
+            embedded = EmbeddedBroker(data / "broker", broker_port, host, broker_port_311)
             stack.enter_context(embedded)
         settings = Settings(
             data,

@@ -2,6 +2,11 @@
 
 For demos, tests and a first site. It has no topic ACL and keeps nothing over a restart; that is safe
 because every message is signed end to end and every row waits for the trend store's own ack.
+
+rumqttd has a listener of its own for each version of the protocol: MQTT v5, and where it is wanted a second
+port for MQTT 3.1.1, which many sensors and libraries speak by default. Both share topics, retained messages
+and wills. A message with v5 properties cannot be told to a 3.1.1 client, whose connection rumqttd then ends;
+Edgeward's own messages have none.
 """
 
 from __future__ import annotations
@@ -32,12 +37,14 @@ max_segment_size = 104857600
 max_segment_count = 10
 initialized_filters = []
 
-[v5.1]
-name = "v5"
+"""
+_LISTENER = """
+[{version}.1]
+name = "{version}"
 listen = "{host}:{port}"
 next_connection_delay_ms = 1
 
-[v5.1.connections]
+[{version}.1.connections]
 connection_timeout_ms = 60000
 max_payload_size = 20971520
 max_inflight_count = 200
@@ -65,15 +72,24 @@ def accepts(host: str, port: int) -> bool:
 class EmbeddedBroker:
     """Starts, stops and, for fault tests, kills the broker; it comes back on the same port."""
 
-    def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, folder: Path, port: int = 0, host: str = "127.0.0.1", port_311: int | None = None
+    ) -> None:
+        """`port` is for MQTT v5, `port_311` for MQTT 3.1.1: 0 picks a free one, None has none for 3.1.1."""
         self.host = host
         self.port = port or free_port(host)
+        self.port_311 = free_port(host) if port_311 == 0 else port_311
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"mqtt://{self.host}:{self.port}"
+
+    @property
+    def _ports(self) -> dict[str, int]:
+        """By rumqttd's name of the protocol version."""
+        return {"v5": self.port} | ({} if self.port_311 is None else {"v4": self.port_311})
 
     @property
     def pid(self) -> int | None:
@@ -89,13 +105,18 @@ class EmbeddedBroker:
                 "the embedded broker is not installed",
                 hint="pip install 'edgeward[broker]', or pass --broker",
             )
-        if accepts(self.host, self.port):
-            raise EdgewardError(
-                f"port {self.port} on {self.host} is taken", hint="choose another port, or pass --broker"
-            )
+        for port in self._ports.values():
+            if accepts(self.host, port):
+                raise EdgewardError(
+                    f"port {port} on {self.host} is taken", hint="choose another port, or pass --broker"
+                )
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "rumqttd.toml"
-        config.write_text(_CONFIG.format(host=self.host, port=self.port))
+        listeners = [
+            _LISTENER.format(version=version, host=self.host, port=port)
+            for version, port in self._ports.items()
+        ]
+        config.write_text("".join([_CONFIG, *listeners]))
         with (self._folder / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgeward.broker", str(config)],
@@ -105,7 +126,7 @@ class EmbeddedBroker:
             )
         clock = SystemClock()
         deadline = clock.monotonic() + timeout
-        while not accepts(self.host, self.port):
+        while not all(accepts(self.host, port) for port in self._ports.values()):
             if self._process.poll() is not None or clock.monotonic() > deadline:
                 self.stop()
                 raise EdgewardError(

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import inspect
 
 _STEP = re.compile(r"\[[^\]]*\]|[^.\[]+")
+_ANY_KEY = "[...]"
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 
 
@@ -63,3 +64,51 @@ def split_error(error: msgspec.ValidationError) -> tuple[str, str]:
     """msgspec's "... - at `$.a.b`" as text and path."""
     text, _, where = str(error).partition(" - at `$")
     return text, where.strip("`.")
+
+
+def name_keys(value: Any, type_: Any, problem: str, path: str) -> str:
+    """`slots[...].threads` as `slots.press.threads`: msgspec does not say in which entry of a mapping it is.
+
+    The entries are converted one by one until one has the same `problem`; `value` is what could not be
+    converted to `type_`.
+    """
+    way: list[str | int] = []
+    shown = ""
+    for step in _STEP.findall(path):
+        if step == _ANY_KEY:
+            entries = _reach(value, way)
+            for key, entry in entries.items() if isinstance(entries, dict) else ():
+                alone = _replaced(value, way, {key: entry})
+                if _fails(alone, type_, problem, path):
+                    value, step = alone, str(key)
+                    way.append(key)
+                    break
+            else:
+                return path
+        else:
+            way.append(int(step[1:-1]) if step.startswith("[") else step)
+        shown += step if not shown or step.startswith("[") else f".{step}"
+    return shown
+
+
+def _reach(value: Any, way: list[str | int]) -> Any:
+    for step in way:
+        value = value[step]
+    return value
+
+
+def _replaced(value: Any, way: list[str | int], by: Any) -> Any:
+    """A copy of `value` with `by` at `way`."""
+    if not way:
+        return by
+    copy = value.copy()
+    copy[way[0]] = _replaced(value[way[0]], way[1:], by)
+    return copy
+
+
+def _fails(value: Any, type_: Any, problem: str, path: str) -> bool:
+    try:
+        msgspec.convert(value, type=type_)
+    except msgspec.ValidationError as error:
+        return split_error(error) == (problem, path)
+    return False

@@ -163,9 +163,9 @@ class StreamRunner:
 
     def take(self, samples: Samples) -> bool:
         """See Sink. Nothing is taken while no model fits: the samples wait at the sensor."""
-        fits = self._active(self._spec.slot) is not None and not self._reason
-        self._reading(fits)
-        if not fits:
+        blocked = bool(self.blocked)
+        self._reading(not blocked)
+        if blocked:
             return False
         with self._arrived:
             if len(self._queue) >= QUEUE_MESSAGES or self._queued >= QUEUE_SAMPLES:
@@ -174,6 +174,12 @@ class StreamRunner:
             self._queued += len(samples)
             self._arrived.notify()
         return True
+
+    @property
+    def blocked(self) -> str:
+        """See Sink."""
+        slot = self._spec.slot
+        return self._reason or ("" if self._active(slot) is not None else f"slot {slot} has no model")
 
     def count(self, what: str, number: int = 1) -> None:
         self._figures.count(what, number)
@@ -443,5 +449,5 @@ class StreamRunner:
             dropped=counts["dropped"],
             other=taken.other,
             actions=self._reactions.take(),
-            reason=self._reason,
+            reason=self.blocked,
         )

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Where applications post samples: `/v1/streams/{stream}/samples`.
 PREFIX = "/v1/streams"
+#: Seconds after which a sender may try again.
+RETRY_AFTER = 1
 _TARGET = re.compile(rb"/v1/streams/([a-z0-9-]+)/samples(?:\?.*)?")
 
 
@@ -132,9 +134,13 @@ class Streams:
     def handle(self, request: Request, respond: Respond) -> None:
         """POST /v1/streams/{stream}/samples."""
         match = _TARGET.fullmatch(request.target)
-        runner = self._running.get(match[1].decode()) if match else None
+        name = match[1].decode() if match else ""
+        runner = self._running.get(name)
         source = runner.push if runner is not None else None
-        if source is None:
+        if name in self._refused:
+            reason = self._refused[name][1]
+            respond(refuse(Refusal(503, f"the stream does not run: {reason}", retry_after=RETRY_AFTER)))
+        elif source is None:
             respond(
                 refuse(Refusal(404, f"no stream takes samples at {request.target[:200].decode('latin-1')}"))
             )
@@ -155,7 +161,7 @@ def _answer_off_loop(source: PushSource, request: Request, respond: Respond) -> 
             respond(answer({"error": "internal error, see the agent's log"}, 500))
             return
         status, body = future.result()
-        again = ((b"retry-after", b"1"),) if status in (429, 503) else ()
+        again = ((b"retry-after", b"%d" % RETRY_AFTER),) if status in (429, 503) else ()
         respond(Response(status, [body], headers=again))
 
     loop = asyncio.get_running_loop()

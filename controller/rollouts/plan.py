@@ -6,6 +6,11 @@ A wave's devices get the target; the wave passes when `min_success` of them run 
 seconds, with no drift above `max_psi`. It fails when more devices refuse the target than
 `min_success` forgives, when drift is above the limit, or when `deadline` is over. Then the rollout
 halts: devices of that wave go back to what they had, all others stay as they are.
+
+A model that a device refuses whatever the policy (its digest is quarantined there) is taken back from
+it. One that it refuses under the slot's present policy stays its wish while the rollout stands: the
+device runs what it ran and says why, and takes the model once the policy or the device allows it.
+Taken back, it would be given again as soon as the refusal no longer stands in the device's report.
 """
 
 from __future__ import annotations
@@ -151,11 +156,11 @@ def _updated(fleet: Mapping[str, Seen], target: ModelRef) -> int:
 
 
 def _after(fleet: Mapping[str, Seen], target: ModelRef, adopts: bool) -> dict[str, ModelRef | None]:
-    """Once complete: newcomers get the model, and who refuses it late goes back."""
+    """Once complete: newcomers get the model, and who refuses it late, whatever the policy, goes back."""
     changes: dict[str, ModelRef | None] = {}
     for name, seen in fleet.items():
         if verdict(seen, target) is Verdict.FAILED:
-            if seen.assigned == target:
+            if _taken_back(seen, target):
                 changes[name] = _before(seen)
         elif adopts and seen.assigned is None:
             changes[name] = target
@@ -169,17 +174,18 @@ def _step(
     if draft.status.waves and (halted := _judge(spec, draft, target, fleet)) is not None:
         return halted
     waves = draft.status.waves
-    if not waves or waves[-1].passed_at is not None:
-        if waves and len(waves) == len(spec.waves):
-            draft.event("Complete", f"{target.model}:{target.version} runs on the fleet")
-            draft.move("Complete", "Complete", f"{draft.status.updated} of {len(fleet)} devices run it")
-            return _assignments(draft, target, fleet)
-        if not spec.paused:
-            if not _start_wave(spec, draft, target, fleet):
-                return {}
-            # Judged at once: what is known to fail is not pushed to the others of its wave.
-            if (halted := _judge(spec, draft, target, fleet)) is not None:
-                return halted
+    due = not waves or (waves[-1].passed_at is not None and len(waves) < len(spec.waves))
+    if due and not spec.paused:
+        if not _start_wave(spec, draft, target, fleet):
+            return {}
+        # Judged at once: what is known to fail is not pushed to the others of its wave.
+        if (halted := _judge(spec, draft, target, fleet)) is not None:
+            return halted
+    waves = draft.status.waves
+    # In the step in which the last wave passes: who joins after it is a newcomer to a complete rollout.
+    if len(waves) == len(spec.waves) and waves[-1].passed_at is not None:
+        draft.event("Complete", f"{target.model}:{target.version} runs on the fleet")
+        draft.move("Complete", "Complete", f"{draft.status.updated} of {len(fleet)} devices run it")
     return _assignments(draft, target, fleet)
 
 
@@ -232,7 +238,7 @@ def forgiven(spec: RolloutSpec, devices: int) -> int:
 
 
 def _assignments(draft: _Draft, target: ModelRef, fleet: Mapping[str, Seen]) -> dict[str, ModelRef | None]:
-    """Target for every touched device, back for those which refused it; only what differs."""
+    """Target for every touched device, back for those which refuse it for good; only what differs."""
     changes: dict[str, ModelRef | None] = {}
     for wave in draft.status.waves:
         for name in wave.devices:
@@ -240,11 +246,22 @@ def _assignments(draft: _Draft, target: ModelRef, fleet: Mapping[str, Seen]) -> 
             if seen is None:
                 continue
             if verdict(seen, target) is Verdict.FAILED:
-                if seen.assigned == target:
+                if _taken_back(seen, target):
                     changes[name] = _before(seen)
             elif seen.assigned != target:
                 changes[name] = target
     return changes
+
+
+def _taken_back(seen: Seen, target: ModelRef) -> bool:
+    return seen.assigned == target and target.digest in seen.quarantined
+
+
+def predecessor(seen: Seen) -> ModelRef | None:
+    """What a device goes back to from the next model it gets: never one that it refuses."""
+    if seen.assigned is not None and verdict(seen, seen.assigned) is Verdict.FAILED:
+        return seen.previous
+    return seen.assigned
 
 
 def _before(seen: Seen) -> ModelRef | None:

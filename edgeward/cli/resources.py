@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from edgeward.cli.context import TokenFile, Url, connect
 from edgeward.client import ControllerClient
@@ -217,13 +218,18 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
     """The columns that matter of each kind."""
     view = Table(box=None, pad_edge=False, header_style="bold")
     columns: dict[str, list[str]] = {
-        "Device": ["NAME", "SITE", "ONLINE", "STATE", "MODELS", "AGE"],
+        "Device": ["NAME", "SITE", "ONLINE", "STATE", "CONDITIONS", "MODELS", "AGE"],
         "Rollout": ["NAME", "FLEET", "MODEL", "PHASE", "UPDATED", "REASON", "AGE"],
         "ModelVersion": ["NAME", "MODEL", "VERSION", "DIGEST", "AGE"],
         "Fleet": ["NAME", "SELECTOR", "STREAMS", "AGE"],
+        "Stream": ["NAME", "SOURCE", "RUNNING", "REASON", "AGE"],
     }
     for column in columns.get(kind, ["NAME", "LABELS", "AGE"]):
         view.add_column(column)
+
+    def add(*cells: str) -> None:
+        view.add_row(*map(Text, cells))  # what devices say is no markup
+
     now = clock.now()
     for item in items:
         metadata, spec, status = item["metadata"], item["spec"], item.get("status", {})
@@ -236,17 +242,18 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
                     f":{(report.get('running') or {}).get('version', '-')}"
                     for slot, report in sorted(status.get("slots", {}).items())
                 )
-                view.add_row(
+                add(
                     name,
                     spec["site"],
                     status.get("connection", "Unseen"),
                     "Revoked" if spec.get("revoked") else status.get("state", ""),
+                    ", ".join(condition_word(one) for one in status.get("conditions", [])),
                     running,
                     age,
                 )
             case "Rollout":
                 counts = f"{status.get('updated', 0)}/{status.get('devices', 0)}"
-                view.add_row(
+                add(
                     name,
                     spec["fleet"],
                     f"{spec['model']}:{spec['version']}",
@@ -255,14 +262,29 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
                     status.get("reason", ""),
                     age,
                 )
+            case "Stream":
+                reasons = status.get("reasons", [])
+                add(
+                    name,
+                    next(iter(spec["source"]), ""),
+                    f"{status.get('running', 0)}/{status.get('devices', 0)}",
+                    f"{reasons[0]['device']}: {reasons[0]['reason']}" if reasons else "",
+                    age,
+                )
             case "ModelVersion":
-                view.add_row(name, spec["model"], str(spec["version"]), spec["digest"][:16], age)
+                add(name, spec["model"], str(spec["version"]), spec["digest"][:16], age)
             case "Fleet":
                 match = ",".join(f"{key}={value}" for key, value in spec["matchLabels"].items())
-                view.add_row(name, match, ",".join(spec.get("streams", [])), age)
+                add(name, match, ",".join(spec.get("streams", [])), age)
             case _:
-                view.add_row(name, ",".join(f"{k}={v}" for k, v in metadata.get("labels", {}).items()), age)
+                add(name, ",".join(f"{k}={v}" for k, v in metadata.get("labels", {}).items()), age)
     return view
+
+
+def condition_word(condition: dict[str, Any]) -> str:
+    """`ProviderFallback`, or `StreamsRunning=False` where the type names what should be."""
+    kind, held = condition["type"], condition["status"]
+    return f"{kind}" if held == "True" else f"{kind}={held}"
 
 
 def event_line(event: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgeward.errors import InvalidDocument
-from edgeward.fields import explain, split_error
+from edgeward.fields import explain, name_keys, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
 from edgeward.wire.providers import check_providers
@@ -190,7 +190,8 @@ def _convert(value: Any, type_: Any, source: str, prefix: str) -> Any:
         return msgspec.convert(value, type=type_)
     except msgspec.ValidationError as error:
         text, field = split_error(error)
-        where = ".".join(part for part in (prefix, field) if part).replace(".[", "[")
+        named = name_keys(value, type_, text, field)
+        where = ".".join(part for part in (prefix, named) if part).replace(".[", "[")
         raise InvalidDocument(explain(text, type_, field), source=source, field=where) from None
 
 

@@ -31,7 +31,7 @@ from agent.state import SlotRecord, State
 from edgeward.clock import SystemClock
 from edgeward.errors import RuntimeFault
 from edgeward.wire.desired import ModelRef, SlotTarget
-from edgeward.wire.reports import Condition, Phase, SlotReport, VariantMeasure
+from edgeward.wire.reports import Condition, Phase, SlotReport, StreamReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -741,6 +741,23 @@ def test_agent_status_shows_what_the_choice_was_made_from(tmp_path: Path) -> Non
     assert "edge  tflite  runtime tflite is not installed" in said
     plain = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
     assert json.loads(plain)["slots"]["default"]["variants"][0]["p95_ms"] == 2.5
+
+
+def test_agent_status_shows_the_streams_as_last_reported(tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    state = State(tmp_path / "state.db")
+    before = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
+    assert json.loads(before)["streams"] == {"reported_at": 0.0, "reports": []}
+    blocked = StreamReport("pump", "", 0, 0, 0, 0, reason="slot default has no model")
+    runs = StreamReport("fan", "1" * 64, 90, 0, 4, 0, late=2)
+    state.set_stream_reports(7.0, [blocked, runs])
+    state.close()
+    said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)]).output
+    assert "stream pump: does not run: slot default has no model\n" in said
+    assert "stream fan: 90 rows, 2 late, 4 rejected in the newest report\n" in said
+    plain = json.loads(CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output)
+    assert plain["streams"]["reported_at"] == 7.0 and plain["streams"]["reports"][1]["late"] == 2
 
 
 def test_a_model_that_a_stream_cannot_feed_is_refused_until_the_stream_is_another(

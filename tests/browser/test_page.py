@@ -302,6 +302,16 @@ def test_shows_the_fleet_and_what_comes_from_outside_stays_text(browser, control
     assert not any("right" in path for path in controller.asked), "the token must not stand in a URL"
 
 
+def test_a_condition_stands_beside_the_state_with_its_message(browser, controller):
+    blocked = {"type": "StreamsRunning", "status": "False", "message": f"stream s: {EVIL}"}
+    controller.content["devices"][0] = device("turbine-1", "north", 2, conditions=[blocked])
+    browser.sign_in(controller.url)
+    wait(lambda: "StreamsRunning=False" in browser.text("#devices .pill.warn"))
+    title = "return document.querySelector('#devices .pill.warn').title"
+    assert browser.run(title) == f"stream s: {EVIL}"
+    assert browser.run("return document.title") == "Edgeward"
+
+
 def test_follows_changes_live_under_a_steady_stream_of_events(browser, controller):
     browser.sign_in(controller.url)
     wait(lambda: "turbine-3" in browser.text("#devices"))

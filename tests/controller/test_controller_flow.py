@@ -106,3 +106,33 @@ def test_what_a_device_measured_of_each_variant_is_in_its_status(plant: Any) -> 
     kept = status["slots"]["default"]["variants"]
     assert kept[0]["p95_ms"] == 2.5 and kept[0]["chosen"] and "not installed" in kept[1]["reason"]
     assert slots_of(status)["default"].variants == table
+
+
+def test_a_policy_that_forbids_what_runs_is_told_once_and_named(
+    plant: Any, until: Any, make: Any, rollout: Any
+) -> None:
+    plant.begin()
+    device, model = plant.enroll("d1"), plant.publish(1)
+    device.http.send(*device.birth())
+    plant.client.apply([rollout("r1", 1)])
+    first = until(lambda: (got := opened(device, wait=0)) and got.slots and got)
+    device.http.send(*device.runs(model, first.generation))
+    until(lambda: plant.client.get("Rollout", "r1")["status"]["phase"] == "Complete")
+
+    line = {"matchLabels": {"site": "north"}, "streams": ["s1"]}
+    cuda = {"default": {"providers": ["CUDAExecutionProvider"]}}
+    plant.client.apply([make("Fleet", "line", **line, slots=cuda)])
+    changed = opened(device, first.generation)
+    assert changed is not None and changed.slots["default"].active == model
+    refusal = SlotReport(Phase.QUARANTINED, "NotRunnable", "no CUDA here", target=model, running=model)
+    device.http.send(*device.reported(changed.generation, {"default": refusal}))
+    until(lambda: plant.device("d1")["status"]["state"] == "Error")
+    until(lambda: plant.client.get("Rollout", "r1")["status"]["updated"] == 0)
+    status = plant.device("d1")["status"]
+    assert status["slots"]["default"]["message"] == "no CUDA here"
+    assert status["desiredGeneration"] == changed.generation
+
+    plant.client.apply([make("Fleet", "line", **line)])
+    back = opened(device, changed.generation)
+    assert back is not None and back.generation == changed.generation + 1
+    assert back.slots["default"].active == model and back.slots["default"].policy == SlotPolicy()

@@ -25,8 +25,11 @@ def test_up_serves_ends_cleanly_and_keeps_its_token(tmp_path: Path, until: Any, 
     data = tmp_path / "data"
     token = ""
     for again in (False, True):
-        port, mqtt = free_port(), free_port()
-        process = edgeward("up", "--data", str(data), "--port", str(port), "--broker-port", str(mqtt))
+        port, mqtt, old = free_port(), free_port(), free_port()
+        process = edgeward(
+            "up", "--data", str(data), "--port", str(port), "--broker-port", str(mqtt),
+            "--broker-port-311", str(old),
+        )  # fmt: skip
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == f"edgeward controller ready at http://127.0.0.1:{port}\n"
@@ -36,6 +39,7 @@ def test_up_serves_ends_cleanly_and_keeps_its_token(tmp_path: Path, until: Any, 
             token = file.read_text()
             with ControllerClient(f"http://127.0.0.1:{port}", token.strip()) as client:
                 until(lambda: client.health()["brokerConnected"], 60)
+                assert accepts("127.0.0.1", old)
                 client.apply([make("Site", "s")])
             if again:
                 continue
@@ -50,4 +54,4 @@ def test_up_serves_ends_cleanly_and_keeps_its_token(tmp_path: Path, until: Any, 
             _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors and token.strip() not in errors
-        assert not accepts("127.0.0.1", mqtt)
+        assert not accepts("127.0.0.1", mqtt) and not accepts("127.0.0.1", old)

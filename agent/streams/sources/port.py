@@ -11,10 +11,15 @@ class Sink(Protocol):
     """The stream's side; callable from any thread."""
 
     def take(self, samples: Samples) -> bool:
-        """Hand samples over. False when the stream's queue is full: nothing was taken.
+        """Hand samples over. False when nothing was taken: `blocked` says why, else the queue is full.
 
         A source that can wait offers them again; one that cannot counts them as dropped.
         """
+        ...
+
+    @property
+    def blocked(self) -> str:
+        """Why the stream takes nothing at all: it has no model, or none that fits. Empty: it runs."""
         ...
 
     def count(self, what: str, number: int = 1) -> None:

@@ -81,8 +81,8 @@ class PushSource:
     def handle(self, headers: Mapping[str, str], body: bytes) -> Response:
         """The status and JSON body for a request. `headers` by lower-case name.
 
-        200 taken, 400 no samples, 413 too large, 415 another format, 429 no room (nothing, or the first
-        `taken` samples only, were taken), 503 not started.
+        200 taken, 400 no samples, 413 too large, 415 another format. 429 no room, 503 not running, with the
+        reason: nothing, or the first `taken` samples only, were taken.
         """
         if len(body) > MAX_BODY:
             return self._answer(413, 0, f"{len(body)} bytes, at most {MAX_BODY}")
@@ -107,6 +107,8 @@ class PushSource:
         for samples in parts:
             if not sink.take(samples):
                 sink.count("refused", sum(map(len, parts)) - taken)
+                if blocked := sink.blocked:
+                    return self._answer(503, taken, f"the stream does not run: {blocked}")
                 return self._answer(429, taken, "the stream's queue is full")
             taken += len(samples)
         return self._answer(200, taken)

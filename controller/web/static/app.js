@@ -63,6 +63,18 @@ function list(name, items, rows) {
   $(`${name}-empty`).hidden = items.length > 0;
 }
 
+function stateOf(status) {
+  const view = document.createDocumentFragment();
+  view.append(pill(status.state));
+  for (const { type, status: held, message } of status.conditions || []) {
+    const mark = pill(held === "True" ? type : `${type}=${held}`);
+    mark.classList.add("warn");
+    mark.title = message || "";
+    view.append(" ", mark);
+  }
+  return view;
+}
+
 function deviceRow(device) {
   const { metadata, spec, status = {} } = device;
   const row = document.createElement("tr");
@@ -74,7 +86,7 @@ function deviceRow(device) {
     cell(metadata.name, { kind: "th" }),
     cell(spec.site),
     cell(pill(spec.revoked ? "Revoked" : status.connection || "Unseen")),
-    cell(pill(status.state), { title: problem.map((slot) => `${slot.reason}: ${slot.message}`).join("\n") }),
+    cell(stateOf(status), { title: problem.map((slot) => `${slot.reason}: ${slot.message}`).join("\n") }),
     cell(models.join(", ") || "—"),
     cell(code(slots.map(([, slot]) => short(slot.running.digest)).join(", "))),
     cell(psi === null ? "—" : psi.toFixed(3), { className: `number ${psi > 0.25 ? "bad" : ""}` }),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper
 
 from agent.active import ActiveModel
 from agent.runtime.engine import Engine
+from agent.serving.messages import Request
 from agent.state import State
 from agent.streams import runner as module
 from agent.streams import writer as writer_module
@@ -399,6 +401,55 @@ def test_samples_over_http_are_taken_and_answered(rig: Rig) -> None:
     assert status == 200 and json.loads(answer)["taken"] == 2
     until(lambda: len(rig.rows("result")) == 2)
     assert push.handle({}, b"rubbish")[0] == 400
+
+
+def test_samples_over_http_hear_why_a_stream_does_not_run(rig: Rig) -> None:
+    runner = rig.start(source=Source(http=HttpSource(time="t", values="v")), features=["i", "b", "c"])
+    push = runner.push
+    assert push is not None
+    body = b'{"t": 1, "v": {"i": 7, "b": 0, "c": 0}}'
+
+    def said() -> tuple[int, str]:
+        status, answer = push.handle({}, body)
+        return status, json.loads(answer)["error"]
+
+    assert said() == (503, "the stream does not run: slot default has no model")
+    assert runner.report().reason == "slot default has no model"
+    rig.activate()
+    until(lambda: "expects [-1, 2]" in said()[1])
+    assert said()[0] == 503
+
+
+def test_who_posts_to_a_stream_that_cannot_run_here_is_told_when_to_come_back(rig: Rig) -> None:
+    link = LocalLink(lambda topic: None, lambda topic: None, rig.wire.publish)
+    streams = Streams(ME, rig.state, SystemClock(), lambda slot: None, link, lambda: None, rig.folder)
+    http = Source(http=HttpSource())
+    leads_out = Action(name="out", when="score > 1", file="../out")
+    streams.apply(
+        [
+            StreamTarget("waits", 1, StreamSpec(source=http, features=["a"])),
+            StreamTarget("refused", 1, StreamSpec(source=http, features=["a"], actions=[leads_out])),
+        ]
+    )
+
+    async def post(stream: str) -> tuple[int, Any, dict[bytes, bytes]]:
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        target = f"/v1/streams/{stream}/samples".encode()
+        streams.handle(Request(b"POST", target, {}, b'{"a": 1}'), answered.set_result)
+        got = await answered
+        return got.status, json.loads(b"".join(got.body))["error"], dict(got.headers)
+
+    try:
+        refused = {report.stream: report.reason for report in streams.report()}["refused"]
+        status, error, headers = asyncio.run(post("refused"))
+        assert (status, error) == (503, f"the stream does not run: {refused}")
+        assert headers[b"retry-after"] == b"1"
+        status, error, headers = asyncio.run(post("waits"))
+        assert (status, error) == (503, "the stream does not run: slot default has no model")
+        assert headers[b"retry-after"] == b"1"
+        assert asyncio.run(post("other"))[0] == 404
+    finally:
+        streams.stop()
 
 
 def test_a_full_disk_holds_the_stream_up_and_loses_nothing(rig: Rig) -> None:

@@ -21,6 +21,7 @@ class RecordingSink:
         self.parts: list[Samples] = []
         self.counts: Counter[str] = Counter()
         self.room = room
+        self.blocked = ""
         self.refused = 0
         self._lock = threading.Lock()
 

@@ -46,6 +46,18 @@ def test_a_full_queue_is_a_429_that_says_what_was_taken(new_sink: Any, start: St
     assert sink.counts == {"refused": 3}
 
 
+def test_a_stream_without_a_fitting_model_is_a_503_with_the_reason(new_sink: Any, start: Start) -> None:
+    """A sender that is told of a full queue would wait for room that never comes."""
+    taking, sink = source(), new_sink(room=0)
+    sink.blocked = "slot default has no model"
+    start(taking, sink)
+    status, answer = post(taking, b'{"a":1}')
+    assert (status, answer["taken"]) == (503, 0) and "slot default has no model" in answer["error"]
+    assert sink.counts == {"refused": 1}
+    sink.blocked = ""
+    assert post(taking, b'{"a":1}')[0] == 429
+
+
 @pytest.mark.parametrize(
     ("format", "kind", "body"),
     [
