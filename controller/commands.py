@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from controller.downloads import Limits
 from edgeward.errors import MissingDependency
 
 
@@ -39,6 +40,9 @@ def up(
             help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME; by default SQLite in the data folder.",
         ),
     ] = None,
+    downloads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Artifacts downloaded at once; others are told to wait.")
+    ] = Limits.downloads,
 ) -> None:
     """Run the fleet controller until it is told to stop.
 
@@ -52,4 +56,12 @@ def up(
             f"the controller is not installed completely: {error.name}",
             hint="pip install 'edgeward[controller]'",
         ) from None
-    serve(data, host, port, broker=broker, broker_port=broker_port, database=database or "")
+    serve(
+        data,
+        host,
+        port,
+        broker=broker,
+        broker_port=broker_port,
+        database=database or "",
+        downloads=Limits(downloads),
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from controller.api.app import build
+from controller.downloads import Limits
 from controller.service import Controller, Settings
 from edgeward.broker import EmbeddedBroker, accepts
 from edgeward.errors import EdgewardError, UsageError
@@ -60,7 +61,16 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: int, database: str) -> None:
+def serve(
+    data: Path,
+    host: str,
+    port: int,
+    *,
+    broker: str | None,
+    broker_port: int,
+    database: str,
+    downloads: Limits,
+) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
         Broker(broker).endpoint()
@@ -77,6 +87,7 @@ def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: 
             broker or _local_url(embedded),
             database,
             broker_on_this_host=embedded is not None and host in ("0.0.0.0", "::"),
+            downloads=downloads,
         )
         controller = Controller(settings)
         stack.callback(controller.stop)
