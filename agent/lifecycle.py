@@ -77,6 +77,8 @@ class SlotState:
 
 
 RETRY_BASE, RETRY_MAX = 1.0, 300.0
+#: A peer that asks for more patience than this is not believed.
+ASKED_MAX = 3600.0
 #: A float ends where a device has been offline for some days.
 _DOUBLINGS = 20
 
@@ -145,16 +147,19 @@ def step(
     message: str = "",
     measured: float | None = None,
     limit: float | None = None,
+    asked: float = 0.0,
 ) -> SlotState:
     """The state after `event`. Raises ValueError when the table has no such step.
 
-    After UNAVAILABLE the next try waits, twice as long each time, up to RETRY_MAX seconds.
+    After UNAVAILABLE the next try waits, twice as long each time, up to RETRY_MAX seconds; never less than
+    the `asked` seconds that the peer wants to be left alone (up to ASKED_MAX).
     """
     phase = TABLE.get((state.phase, event))
     if phase is None:
         raise ValueError(f"no step for {event} in phase {state.phase}")
     failures = state.failures + 1 if event is Event.UNAVAILABLE else state.failures
     wait = min(RETRY_BASE * 2 ** min(max(failures - 1, 0), _DOUBLINGS), RETRY_MAX)
+    wait = max(wait, min(asked, ASKED_MAX))
     retry_at = now + wait if event is Event.UNAVAILABLE else 0.0
     return replace(
         state,

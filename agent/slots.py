@@ -226,7 +226,8 @@ class Slots:
                 raise Refused(MISMATCH, problem, table=opened.table)
             self._activate(walk, opened)
         except Unavailable as error:
-            walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error))
+            asked = error.retry_after or 0.0
+            walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error), asked=asked)
         except Refused as error:
             self._refuse(walk, error)
         except (DigestMismatch, TrustError) as error:
@@ -420,11 +421,21 @@ class _Walk:
         message: str = "",
         measured: float | None = None,
         limit: float | None = None,
+        asked: float = 0.0,
     ) -> None:
         """One step, not told to anyone yet. Raises _Replaced."""
         slots = self._slots
         now = slots._clock.now()
-        after = step(self.state, event, now, reason=reason, message=message, measured=measured, limit=limit)
+        after = step(
+            self.state,
+            event,
+            now,
+            reason=reason,
+            message=message,
+            measured=measured,
+            limit=limit,
+            asked=asked,
+        )
         with slots._lock:
             self.check()
             slots._candidates[self.name] = self.state = after
@@ -437,6 +448,6 @@ class _Walk:
         # Never with the lock held: whoever is told asks for a report.
         self._slots._changed()
 
-    def to(self, event: Event, *, reason: str = "", message: str = "") -> None:
-        self.take(event, reason=reason, message=message)
+    def to(self, event: Event, *, reason: str = "", message: str = "", asked: float = 0.0) -> None:
+        self.take(event, reason=reason, message=message, asked=asked)
         self.tell()

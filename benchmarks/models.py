@@ -36,6 +36,28 @@ def _weights(rng: np.random.Generator, name: str, *shape: int) -> Any:
     return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype(np.float32), name)
 
 
+def dense(seed: int, width: int = 512) -> bytes:
+    """`input [rows, 9] -> score [rows, 1]`: three layers, 1 MB of weights that no compression shrinks much."""
+    rng = np.random.default_rng(seed)
+    shapes = [(9, width), (width, width), (width, 1)]
+    nodes, last = [], "input"
+    for index in range(len(shapes)):
+        out = "score" if index == len(shapes) - 1 else f"r{index}"
+        nodes.append(
+            helper.make_node("MatMul", [last, f"w{index}"], [f"m{index}" if out != "score" else out])
+        )
+        if out != "score":
+            nodes.append(helper.make_node("Relu", [f"m{index}"], [out]))
+        last = out
+    return _finish(
+        "dense",
+        nodes,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [None, 9])],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, [None, 1])],
+        [_weights(rng, f"w{index}", *shape) for index, shape in enumerate(shapes)],
+    )
+
+
 def cnn(width: int = 32, size: int = 80) -> bytes:
     """`image [n, 3, size, size] -> score [n, 10]`: six convolutions with pooling; about 4 ms on one core."""
     rng = np.random.default_rng(7)

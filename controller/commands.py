@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from controller.downloads import Limits
 from edgeward.errors import MissingDependency
 
 
@@ -45,6 +46,9 @@ def up(
             help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME; by default SQLite in the data folder.",
         ),
     ] = None,
+    downloads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Artifacts downloaded at once; others are told to wait.")
+    ] = Limits.downloads,
 ) -> None:
     """Run the fleet controller until it is told to stop.
 
@@ -66,4 +70,5 @@ def up(
         broker_port=broker_port,
         broker_port_311=broker_port_311,
         database=database or "",
+        downloads=Limits(downloads),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from controller.api.app import build
+from controller.downloads import Limits
 from controller.service import Controller, Settings
 from edgeward.broker import EmbeddedBroker, accepts
 from edgeward.errors import EdgewardError, UsageError
@@ -69,6 +70,7 @@ def serve(
     broker_port: int,
     broker_port_311: int | None,
     database: str,
+    downloads: Limits,
 ) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
@@ -86,6 +88,7 @@ def serve(
             broker or _local_url(embedded),
             database,
             broker_on_this_host=embedded is not None and host in ("0.0.0.0", "::"),
+            downloads=downloads,
         )
         controller = Controller(settings)
         stack.callback(controller.stop)

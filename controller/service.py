@@ -6,7 +6,7 @@ import fcntl
 import logging
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ import msgspec
 from sqlmodel import Session
 
 from controller.changes import Changes
+from controller.downloads import Limits
 from controller.identity import Authority
 from controller.ingest import Ingest
 from controller.reconcile import Reconciler
@@ -45,12 +46,14 @@ class Settings:
     """`broker` is where this controller connects; devices are told the same address.
 
     With `broker_on_this_host` they are told the host name by which they reached the controller.
+    `downloads` limits who fetches artifacts.
     """
 
     data: Path
     broker: str
     database: str = ""
     broker_on_this_host: bool = False
+    downloads: Limits = field(default_factory=Limits)
 
 
 class Controller:

@@ -65,7 +65,11 @@ class Forbidden(EdgewardError):
 
 
 class Unavailable(EdgewardError):
-    pass
+    """`retry_after`: seconds to wait before the next try, where the peer said so."""
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class MissingDependency(EdgewardError):

@@ -177,12 +177,14 @@ def device_of(request: Request, controller: Service) -> AuthenticatedDevice:
 Device = Annotated[AuthenticatedDevice, Depends(device_of)]
 
 
-def device_or_reader(request: Request, controller: Service) -> None:
-    """Either a device or a person may fetch artifacts."""
+def device_or_reader(request: Request, controller: Service) -> str:
+    """Either a device or a person may fetch artifacts; who it is, as a name for counting."""
     if bearer(request).count(".") == 2:
-        device_of(request, controller)
-    else:
-        needs("read")(authenticate(request, controller))
+        return str(device_of(request, controller).identity)
+    return f"person {needs('read')(authenticate(request, controller)).name}"
+
+
+Fetcher = Annotated[str, Depends(device_or_reader)]
 
 
 class Throttle:
@@ -200,7 +202,9 @@ class Throttle:
         else:
             self._failed.pop(address, None)
         if len(recent) >= self._limit:
-            raise TooManyAttempts("too many failed attempts from this address", hint="wait a minute")
+            raise TooManyAttempts(
+                "too many failed attempts from this address", hint="wait a minute", retry_after=60.0
+            )
 
     def failed(self, address: str, now: float) -> None:
         if len(self._failed) > 10_000:

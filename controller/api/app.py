@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 import edgeward
-from controller.api import artifacts, device, people, releases
+from controller.api import artifacts, connection, device, people, releases
 from controller.api.access import Service, Throttle, TooManyAttempts, Unauthenticated, answer
+from controller.downloads import Downloads
 from controller.service import Controller
 from edgeward.errors import (
     Conflict,
@@ -75,10 +78,21 @@ class SecurityHeaders:
         await self._app(scope, receive, sending if scope["type"] == "http" else send)
 
 
+class _Application(FastAPI):
+    """Looks for the connection below each request while `send` is still the server's own."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        connection.offer(scope, send)
+        await super().__call__(scope, receive, send)
+
+
 def build(controller: Controller, *, static: Path = STATIC) -> FastAPI:
-    app = FastAPI(title="Edgeward controller", docs_url=None, redoc_url=None, openapi_url=None)
+    app = _Application(title="Edgeward controller", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.controller = controller
     app.state.throttle = Throttle()
+    limits = controller.settings.downloads
+    app.state.downloads = Downloads(limits, controller.clock)
+    app.state.download_threads = ThreadPoolExecutor(limits.downloads, thread_name_prefix="download")
     app.add_middleware(SecurityHeaders)
     app.add_exception_handler(EdgewardError, _edgeward_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
@@ -113,7 +127,10 @@ async def _edgeward_error(request: Request, error: Exception) -> Response:
     status = next((code for type_, code in STATUS if isinstance(error, type_)), 500)
     if isinstance(error, InvalidDocument):
         return _error(status, error.problem, hint=error.hint, source=error.source, field=error.field)
-    return _error(status, error.message, hint=error.hint)
+    response = _error(status, error.message, hint=error.hint)
+    if isinstance(error, Unavailable) and error.retry_after is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
+    return response
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse
 
-from controller.api.access import Releaser, Service, answer, device_or_reader
+from controller.api.access import Fetcher, Releaser, Service, answer
+from controller.api.download import Download
 from controller.store import records
 from edgeward.identifiers import check_digest
 
 router = APIRouter()
 
 
-@router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"], dependencies=[Depends(device_or_reader)])
-def fetch(digest: str, controller: Service) -> Response:
-    path = controller.artifacts.path(check_digest(digest))
-    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, max-age=31536000, immutable"}
-    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+@router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"])
+def fetch(request: Request, digest: str, controller: Service, who: Fetcher) -> Response:
+    state = request.app.state
+    return Download(
+        controller.artifacts.path(check_digest(digest)),
+        f'"{digest}"',
+        who,
+        state.downloads,
+        state.download_threads,
+        controller.clock,
+        {"Cache-Control": "private, max-age=31536000, immutable"},
+    )
 
 
 @router.put("/artifacts/{digest}")

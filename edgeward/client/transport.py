@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ class Transport:
 
     def _error(self, response: httpx.Response, path: str) -> EdgewardError:
         error = error_from(response.status_code, _json_or_none(response), f"{self.base_url}{path}")
+        if isinstance(error, Unavailable):
+            error.retry_after = retry_after(response.headers.get("retry-after"), response.headers.get("date"))
         if response.status_code == 401 and self._credential_source:
             return Forbidden(f"{self._credential_source}: {error.message}", hint=error.hint)
         return error
@@ -155,6 +158,22 @@ class Transport:
                 response.read()
                 raise self._error(response, path)
             yield response
+
+
+def retry_after(value: str | None, date: str | None) -> float | None:
+    """Seconds of a `Retry-After` field (RFC 9110, 10.2.3), None when there is none that makes sense.
+
+    A point in time counts from the answer's own `Date`: the clock here may be wrong.
+    """
+    if value is None:
+        return None
+    if value.isascii() and value.isdecimal():
+        return float(value[:9])
+    try:
+        gap = parsedate_to_datetime(value) - parsedate_to_datetime(date or "")
+    except (ValueError, TypeError):
+        return None
+    return max(gap.total_seconds(), 0.0)
 
 
 def _is_address(text: str) -> bool:

@@ -117,7 +117,7 @@ def _tensor(name: str, values: np.ndarray) -> GoldenTensor:
 
 
 class Releaser:
-    """Stands where the Verifier does. `offline` refuses what needs a network."""
+    """Stands where the Verifier does. `offline` refuses what needs a network, `busy` for so many seconds."""
 
     def __init__(self) -> None:
         self.manifests: dict[str, Manifest] = {}
@@ -126,6 +126,7 @@ class Releaser:
         self.fetched: list[str] = []
         self.dropped: set[str] = set()
         self.offline = False
+        self.busy = 0.0
 
     def release(
         self,
@@ -171,6 +172,8 @@ class Releaser:
     def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
         if self.offline:
             raise Unavailable("no network")
+        if self.busy:
+            raise Unavailable("32 downloads are running", retry_after=self.busy)
         self.fetched.append(variant.name)
         self.dropped.discard(variant.blob.digest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -61,6 +63,14 @@ def test_a_quarantined_digest_is_refused_at_once() -> None:
     assert refused.message == "refused on this device before: 11 of 20 failed"
     fresh = wish(ONE, {"other": VERDICT}, 1.0, SlotPolicy(threads=3))
     assert fresh.phase is Phase.PENDING and fresh.policy.threads == 3
+
+
+def test_a_peer_that_says_when_to_come_again_is_left_alone_until_then() -> None:
+    state = SlotState(ONE, phase=Phase.DOWNLOADING)
+    assert step(state, Event.UNAVAILABLE, 10.0, asked=7.0).retry_at == 17.0
+    assert step(replace(state, failures=5), Event.UNAVAILABLE, 10.0, asked=7.0).retry_at == 42.0
+    assert step(state, Event.UNAVAILABLE, 10.0, asked=1e9).retry_at == 10.0 + lifecycle.ASKED_MAX
+    assert step(state, Event.FETCHED, 10.0, asked=7.0).retry_at == 0.0
 
 
 def test_weeks_without_a_network_are_waited_out() -> None:

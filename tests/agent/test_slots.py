@@ -788,3 +788,15 @@ def test_a_model_for_an_accelerator_that_is_not_here_is_refused_or_told(
     assert settled(slots, until).phase is Phase.ACTIVE and doubles(slots)
     (condition,) = slots.conditions()
     assert (condition.type, condition.reason) == ("ProviderFallback", "AcceleratorNotUsed")
+
+
+def test_a_controller_that_is_busy_is_asked_again_when_it_said(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    ref = releaser.release(1, ("only", models["fast"]))
+    releaser.busy = 1234.0
+    wish(slots, ref)
+    got = until(lambda: (one := report(slots)).reason == "Unavailable" and one)
+    assert (got.phase, got.message) == (Phase.PENDING, "32 downloads are running")
+    assert got.deadline is not None and got.deadline - got.since == pytest.approx(1234.0, abs=60)

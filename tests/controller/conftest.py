@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
 from controller.api.app import build
+from controller.downloads import Downloads, Limits
 from controller.service import Controller, Settings
 from edgeward.broker import EmbeddedBroker, free_port
 from edgeward.client import ControllerClient
@@ -162,15 +164,27 @@ class Device:
 class Plant:
     """A running controller and what a test does with it."""
 
-    def __init__(self, folder: Path, controller: Controller, url: str, broker: EmbeddedBroker | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        controller: Controller,
+        application: FastAPI,
+        url: str,
+        broker: EmbeddedBroker | None,
+    ) -> None:
         self.folder = folder
         self.controller = controller
+        self.application = application
         self.url = url
         self.broker = broker
         self.token = controller.ensure_admin_token().read_text().strip()
         self.client = ControllerClient(url, self.token)
         self.releases = ReleaseTool()
         self._devices: list[Device] = []
+
+    @property
+    def slots(self) -> Downloads:
+        return self.application.state.downloads  # type: ignore[no-any-return]
 
     def begin(self) -> None:
         self.releases.init(self.client)
@@ -228,12 +242,27 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def running(folder: Path, *, broker: EmbeddedBroker | None = None, database: str = "") -> Iterator[Plant]:
+def running(
+    folder: Path,
+    *,
+    broker: EmbeddedBroker | None = None,
+    database: str = "",
+    downloads: Limits | None = None,
+    **options: Any,
+) -> Iterator[Plant]:
+    """`options` go to uvicorn; with a certificate it serves TLS, which `plant.client` does not speak then."""
     address = broker.url if broker else f"mqtt://127.0.0.1:{free_port()}"
-    controller = Controller(Settings(folder / "data", address, database), SystemClock())
+    settings = Settings(folder / "data", address, database, downloads=downloads or Limits())
+    controller = Controller(settings, SystemClock())
     port = free_port()
+    application = build(controller)
     config = uvicorn.Config(
-        build(controller), port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=2
+        application,
+        port=port,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        **options,
     )
     server = _Server(config)
     thread = threading.Thread(target=server.run)
@@ -243,7 +272,7 @@ def running(folder: Path, *, broker: EmbeddedBroker | None = None, database: str
         controller.reconciler.start()  # without the link, which would sleep between attempts
     else:
         controller.start()
-    plant = Plant(folder, controller, f"http://127.0.0.1:{port}", broker)
+    plant = Plant(folder, controller, application, f"http://127.0.0.1:{port}", broker)
     try:
         yield plant
     finally:
