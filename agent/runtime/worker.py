@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agent.runtime import recovery
+from agent.runtime import ceiling, recovery
 from agent.runtime.backlog import Backlog, InFlight, Pending
 from agent.runtime.channel import Channel, Frame, Kind
 from agent.runtime.child import Load, Loaded
@@ -81,7 +81,7 @@ class Worker:
     ) -> None:
         self._loop = loop
         self._clock = clock
-        self._load = Load(runtime, len(content), options, policy.concurrency)
+        self._load = Load(runtime, len(content), options, policy.concurrency, policy.memory_bytes)
         self._content = content
         self._name = name
         self._policy = policy
@@ -101,6 +101,7 @@ class Worker:
         self._loading: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._delay: asyncio.TimerHandle | None = None
+        self._memory_timer: asyncio.TimerHandle | None = None
         self._began = 0.0
         self.provider = ""
         self.inputs: list[TensorSpec] = []
@@ -342,6 +343,20 @@ class Worker:
     def _watch(self) -> None:
         if self._timer is None:
             self._timer = self._loop.call_later(self._policy.deadline, self._check_deadline)
+        if self._memory_timer is None and self._policy.memory_bytes is not None:
+            self._memory_timer = self._loop.call_later(ceiling.POLL, self._check_excess)
+
+    def _check_excess(self) -> None:
+        """While requests run: one of them may take far more than the ceiling before it ends."""
+        self._memory_timer = None
+        limit = self._policy.memory_bytes
+        if limit is None or self._process is None or self._in_flight.oldest_start() is None:
+            return
+        why = ceiling.excess(limit, self.resident_bytes())
+        if why:
+            self._lost(why, fault=RuntimeFault(f"model {self._name}: its worker {why}"))
+        else:
+            self._memory_timer = self._loop.call_later(ceiling.POLL, self._check_excess)
 
     def _check_deadline(self) -> None:
         self._timer = None
@@ -352,10 +367,12 @@ class Worker:
         if left > 0:
             self._timer = self._loop.call_later(left, self._check_deadline)
             return
-        self._lost(f"did not answer within {self._policy.deadline:g} s", hung=True)
+        why = f"did not answer within {self._policy.deadline:g} s"
+        self._lost(why, fault=DeadlineExceeded(f"model {self._name} {why}"))
 
-    def _lost(self, why: str, *, hung: bool = False) -> None:
-        death = self._process.death() if self._process is not None and not hung else ""
+    def _lost(self, why: str, *, fault: RuntimeFault | None = None) -> None:
+        """Go on without the process. `fault` is for the requests that are to blame, where that is known."""
+        death = self._process.death() if self._process is not None and fault is None else ""
         self._end()
         why = f"{why} ({death})" if death else why
         loading, self._loading = self._loading, None
@@ -365,18 +382,13 @@ class Worker:
         if self._stopped and not self._in_flight and not len(self._backlog):
             return
         lost = self._in_flight.take_all()
-        if hung:
-            self._fail(
-                [
-                    request
-                    for batch in lost
-                    if batch.started
-                    for request in batch.requests
-                    if len(batch.requests) == 1
-                ],
-                DeadlineExceeded(f"model {self._name} {why}"),
-            )
-            lost = [batch for batch in lost if not (batch.started and len(batch.requests) == 1)]
+        if fault is not None:
+            started = [batch for batch in lost if batch.started is not None]
+            # Each request has its own time, but of several that ran only one may have taken the memory.
+            known = isinstance(fault, DeadlineExceeded) or len(started) == 1
+            guilty = [batch for batch in started if known and len(batch.requests) == 1]
+            self._fail([batch.requests[0] for batch in guilty], fault)
+            lost = [batch for batch in lost if batch not in guilty]
         failed = self._backlog.put_back(lost)
         self._losses, delay, looping = recovery.lost(self._losses, self._clock.monotonic())
         log.warning("model %s: its worker %s, starting again in %.1f s", self._name, why, delay)

@@ -53,6 +53,39 @@ def mean_of_rows() -> bytes:
     )
 
 
+def reader() -> bytes:
+    """`y = n * mean(x)`, by reading all of `x` n times and keeping none of it."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=0),
+            helper.make_node("Add", ["sum", "mean"], ["more"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("more", TensorProto.FLOAT, []),
+        ],
+    )
+    return finish(
+        [helper.make_node("Loop", ["n", "yes", "zero"], ["y"], body=body)],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 1]),
+            helper.make_tensor_value_info("n", TensorProto.INT64, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
+        [
+            helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
+            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+        ],
+    )
+
+
 FOREVER = 1 << 50
 
 
@@ -208,15 +241,62 @@ def test_a_worker_above_its_memory_ceiling_is_replaced_between_requests(engine: 
     small = opened(engine, doubler())
     used = until(small.resident_bytes)
     # onnxruntime's arena keeps what one large request took: that is the leak.
-    worker = opened(engine, doubler(), SlotPolicy(memory_bytes=used + (64 << 20)))
+    limit = used + (256 << 20)
+    worker = opened(engine, doubler(), SlotPolicy(memory_bytes=limit))
     load = Load(worker, 1, double_something)
     pid = worker.pid
-    large = np.ones((1, 50_000_000), np.float32)
+    large = np.ones((1, 25_000_000), np.float32)
     assert worker.infer({"x": large})["y"][0, -1] == 2.0
     until(lambda: worker.restarts >= 1 and worker.pid not in (None, pid))
     load.stop()
     assert load.failures == []
-    until(lambda: 0 < worker.resident_bytes() < used + (64 << 20))
+    until(lambda: 0 < worker.resident_bytes() < limit)
+
+
+def test_a_request_that_would_outgrow_the_ceiling_is_refused_and_the_worker_stays(engine: Engine) -> None:
+    used = until(opened(engine, doubler()).resident_bytes)
+    limit = used + (64 << 20)
+    worker = opened(engine, doubler(), SlotPolicy(memory_bytes=limit))
+    pid = worker.pid
+    with pytest.raises(RuntimeFault, match=rf"1\.5 times the worker's ceiling of {limit >> 20} MiB leaves: "):
+        worker.infer({"x": np.ones((1, 75_000_000), np.float32)})
+    double_something(worker)
+    assert worker.pid == pid and worker.restarts == 0
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_request_that_outgrows_the_ceiling_is_ended_and_others_are_tried_again(
+    engine: Engine, concurrency: int
+) -> None:
+    """Shared memory, which no limit of the process counts, as an accelerator's driver is not counted."""
+    used = until(opened(engine, reader()).resident_bytes)
+    policy = SlotPolicy(memory_bytes=used + (64 << 20), concurrency=concurrency, deadline=60.0)
+    worker = opened(engine, reader(), policy)
+    pid = worker.pid
+    answers: dict[str, Any] = {}
+
+    def submit() -> None:
+        for name, rows, n in (("large", 50_000_000, FOREVER), ("small", 1, 300_000)):
+            inputs = {"x": np.ones((rows, 1), np.float32), "n": np.array(n, np.int64)}
+            worker.submit(
+                to_tensors(inputs), lambda result, timing, name=name: answers.update({name: result})
+            )
+
+    on_loop(engine, submit)
+    until(lambda: len(answers) == 2)
+    assert isinstance(answers["large"], RuntimeFault)
+    assert f"more than 1.5 times its memory ceiling of {policy.memory_bytes >> 20} MiB" in str(
+        answers["large"]
+    )
+    assert np.frombuffer(answers["small"][0].data, np.float32).tolist() == [300_000.0]
+    # Of two that ran together it shows only when each runs alone.
+    assert worker.restarts == concurrency and until(lambda: worker.pid) != pid
+
+
+def test_the_kernel_would_rather_take_the_worker_than_the_agent(engine: Engine) -> None:
+    worker = opened(engine, doubler())
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (os.getpid(), worker.pid)]
+    assert scores[1] == min(scores[0] + 500, 1000)
 
 
 def test_a_crash_loop_is_told_once_and_requests_do_not_wait_for_ever(
