@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Request, Response
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse
 
@@ -12,12 +15,61 @@ from edgeward.identifiers import check_digest
 
 router = APIRouter()
 
+MAX_BASES = 8
+MAX_WAIT = 30.0
+RETRY_AFTER = 10
+_POLL = 0.2
+_CACHING = "private, max-age=31536000, immutable"
+
 
 @router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"], dependencies=[Depends(device_or_reader)])
 def fetch(digest: str, controller: Service) -> Response:
     path = controller.artifacts.path(check_digest(digest))
-    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, max-age=31536000, immutable"}
+    headers = {"ETag": f'"{digest}"', "Cache-Control": _CACHING}
     return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+
+@router.get("/artifacts/{digest}/delta", dependencies=[Depends(device_or_reader)])
+async def delta(
+    request: Request,
+    digest: str,
+    controller: Service,
+    base: Annotated[list[str], Query(max_length=MAX_BASES)],
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT)] = 0.0,
+) -> Response:
+    """The smallest delta that makes the artifact of one of the bases, which `Edgeward-Delta-Base` names.
+
+    404 when none is worthwhile. 503 with Retry-After when it is still being made after `wait` seconds.
+    """
+    for each in (digest, *base):
+        check_digest(each)
+    deltas, clock = controller.deltas, controller.clock
+    until = clock.monotonic() + wait
+    while True:
+        seen = deltas.revision
+        found = await run_in_threadpool(deltas.find, digest, base)
+        if found is not None:
+            break
+        while deltas.revision == seen:
+            over = clock.monotonic() >= until or controller.stopping.is_set()
+            if over or await request.is_disconnected():
+                return _being_made(digest)
+            await asyncio.sleep(_POLL)
+    headers = {
+        "ETag": f'"{found.sha256}"',
+        "Cache-Control": _CACHING,
+        "Edgeward-Delta-Base": found.base,
+        "Edgeward-Delta-Codec": await run_in_threadpool(found.codec),
+    }
+    return FileResponse(found.path, media_type="application/octet-stream", headers=headers)
+
+
+def _being_made(digest: str) -> Response:
+    message = f"the delta for {digest[:16]} is being made"
+    hint = "ask again, or fetch the whole artifact"
+    busy = answer({"error": {"message": message, "hint": hint, "source": "", "field": ""}}, 503)
+    busy.headers["Retry-After"] = str(RETRY_AFTER)
+    return busy
 
 
 @router.put("/artifacts/{digest}")

@@ -83,10 +83,7 @@ def encode_block(codec: Codec, base: memoryview, new: memoryview, at: int, lengt
     width = codec.width
     old = int.from_bytes(_piece(base, at, length, codec.phase), "little")
     wanted = int.from_bytes(_piece(new, at, length, codec.phase), "little")
-    if codec.kind == "xor":
-        coded = wanted ^ old
-    else:
-        coded = _zigzag_difference(wanted, old, width, length)
+    coded = wanted ^ old if codec.kind == "xor" else _zigzag_difference(wanted, old, width, length)
     plain = coded.to_bytes(length, "little")
     return b"".join([plain[plane::width] for plane in range(width)])
 
@@ -100,8 +97,5 @@ def decode_block(codec: Codec, base: memoryview, coded: bytes, at: int) -> bytes
         plain[plane::width] = coded[plane * each : (plane + 1) * each]
     old = int.from_bytes(_piece(base, at, length, codec.phase), "little")
     number = int.from_bytes(plain, "little")
-    if codec.kind == "xor":
-        wanted = number ^ old
-    else:
-        wanted = _undo_zigzag_difference(number, old, width, length)
+    wanted = number ^ old if codec.kind == "xor" else _undo_zigzag_difference(number, old, width, length)
     return wanted.to_bytes(length, "little")

@@ -111,15 +111,16 @@ def test_making_can_be_stopped() -> None:
     def going_on() -> None:
         nonlocal calls
         calls += 1
-        if calls == at:
+        if calls == stop_at:
             raise Stopped
 
     base = weights(1, 600_000)
-    at = 0
+    stop_at = 0
     make(base, base, going_on=going_on)
     assert calls > 50
-    for at in (1, calls // 2, calls):
-        calls = 0
+    every = calls
+    for stop in (1, every // 2, every):
+        calls, stop_at = 0, stop
         with pytest.raises(Stopped):
             make(base, base, going_on=going_on)
 
@@ -206,7 +207,7 @@ def test_a_damaged_delta_is_refused_or_gives_other_bytes_within_its_length(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=400), st.sampled_from(LANES + [Codec("patch-from")]), st.integers(0, 5000))
+@given(st.binary(max_size=400), st.sampled_from([*LANES, Codec("patch-from")]), st.integers(0, 5000))
 def test_anything_after_a_good_head_stays_within_bounds(rest: bytes, codec: Codec, size: int) -> None:
     head = frame.Head(codec, len(BASE), size).encode()
     bounded(head + rest, BASE, size)
