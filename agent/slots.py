@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from agent import lifecycle
+from agent import delta, lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
 from agent.lifecycle import Event, SlotState, step
 from agent.runtime.engine import Engine
@@ -246,7 +246,7 @@ class Slots:
         try:
             walk.to(Event.BEGUN)
             manifest = self._verifier.fetch_manifest(target)
-            self._activation.fetch(manifest, policy)
+            self._activation.fetch(manifest, policy, delta.earlier(self._records, name, target.model))
             walk.to(Event.FETCHED)
             self._activation.verify(target, manifest, policy)
             walk.to(Event.VERIFIED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ class Releaser:
     def reopen_manifest(self, ref: ModelRef) -> Manifest:
         return self.manifests[ref.digest]
 
-    def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
+    def fetch_blobs(self, manifest: Manifest, variant: Variant, earlier: Sequence[ModelRef] = ()) -> None:
         if self.offline:
             raise Unavailable("no network")
         self.fetched.append(variant.name)

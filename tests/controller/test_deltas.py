@@ -12,12 +12,16 @@ from typing import Any
 import httpx
 import pytest
 
+from agent.fetch import BlobStore
+from agent.verify import Verifier
 from controller.deltas import QUEUE, Deltas, Kept
 from controller.registry import Artifacts
 from edgeward import delta as codecs
+from edgeward.client.transport import Transport
 from edgeward.errors import NotFound
 from edgeward.storage import sha256_hex
 from edgeward.trust import tokens
+from edgeward.wire.desired import ModelRef
 
 
 def version(number: int, size: int = 40_000) -> bytes:
@@ -86,6 +90,42 @@ def test_who_may_fetch_the_artifact_may_fetch_its_delta(plant: Any) -> None:
         assert get(plant, second, [first], headers={"Authorization": wrong}).status_code == 401
     plant.client.delete("Device", "d1")
     assert get(plant, second, [first], headers={"Authorization": f"Bearer {token}"}).status_code == 403
+
+
+def test_an_agent_makes_the_next_version_of_the_last_one(plant: Any, package: Any, tmp_path: Path) -> None:
+    plant.begin()
+    device = plant.enroll("d1")
+    refs = []
+    for number in (1, 2):
+        content = b"\x08\x08\x12\x04test" + version(number)
+        manifest, paths = package(tmp_path, "m", number, onnx=content)
+        for path in paths:
+            plant.client.upload_artifact(path)
+        answer = plant.client.publish_release(plant.releases.add(manifest, "m", number), manifest)
+        refs.append(ModelRef("m", number, answer["digest"]))
+    paths_asked = []
+
+    class Counted(Transport):
+        @contextmanager
+        def stream(self, path: str, **more: Any) -> Iterator[httpx.Response]:
+            with super().stream(path, **more) as response:
+                paths_asked.append(path.partition("?")[0])
+                yield response
+
+    clock = plant.controller.clock
+    transport = Counted(plant.url, credential=lambda: tokens.mint(device.identity, clock.now()))
+    blobs = BlobStore(tmp_path / "agent" / "blobs")
+    root = plant.client.trust()["tufRoot"].encode()
+    verifier = Verifier(tmp_path / "agent" / "tuf", root, blobs, transport, clock)
+    for index, ref in enumerate(refs):
+        manifest = verifier.fetch_manifest(ref)
+        verifier.fetch_blobs(manifest, manifest.variants[0], earlier=refs[:index])
+        opened = verifier.open(ref, manifest, manifest.variants[0])
+        assert opened.content == b"\x08\x08\x12\x04test" + version(index + 1) + bytes([index + 1])
+    first, second = (verifier.reopen_manifest(ref).variants[0].blob.digest for ref in refs)
+    assert f"/artifacts/{first}" in paths_asked and f"/artifacts/{second}/delta" in paths_asked
+    assert f"/artifacts/{second}" not in paths_asked, "the whole was not needed"
+    transport.close()
 
 
 class Gate:
