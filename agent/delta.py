@@ -134,7 +134,6 @@ class _Download:
         self._path = f"/artifacts/{blob.digest}/delta?wait={WAIT}{query}"
         found = [path for path in folder.glob(f"{blob.digest}.*") if _is_etag(path.name.rpartition(".")[2])]
         self._partial: Path | None = found[0] if len(found) == 1 else None
-        _clear(folder, keep=self._partial)
 
     def run(self) -> tuple[bytes, Blob]:
         """The delta and its base. Raises Unavailable when what has arrived is worth going on with later."""
@@ -172,12 +171,11 @@ class _Download:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise DeltaError("the answer is coded although that was not asked for")
             partial = self._folder / f"{self._blob.digest}.{etag}"
-            going_on = response.status_code == 206 and partial == self._partial
+            going_on = response.status_code == 206
             have = begin if going_on else 0
             announced = response.headers.get("Content-Length", "")
-            wanted = have + int(announced) if re.fullmatch("[0-9]{1,18}", announced) else None
-            if wanted is not None:
-                self._check_length(wanted)
+            if re.fullmatch("[0-9]{1,18}", announced):
+                self._check_length(have + int(announced))
             self._partial = partial
             _clear(self._folder, keep=partial)
             with partial.open("r+b" if going_on else "wb") as file:
@@ -188,8 +186,6 @@ class _Download:
                     self._check_length(have)
                     file.write(chunk)
                     self._check_pace(len(chunk))
-            if wanted is not None and have < wanted:
-                raise Unavailable(f"the connection ended at {have} of {wanted} bytes")
             return base
 
     def _check_length(self, length: int) -> None:

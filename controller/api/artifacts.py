@@ -41,8 +41,6 @@ async def delta(
 
     404 when none is worthwhile. 503 with Retry-After when it is still being made after `wait` seconds.
     """
-    for each in (digest, *base):
-        check_digest(each)
     deltas, clock = controller.deltas, controller.clock
     until = clock.monotonic() + wait
     while True:

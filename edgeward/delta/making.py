@@ -15,7 +15,8 @@ WORTH = 0.9
 
 Buffer = bytes | memoryview
 
-_PATCH_LEVEL = 9
+#: (up to bytes, level): the optimal parser finds a tenth more, at a twentieth of the speed.
+_PATCH_LEVELS = ((8 << 20, 19), (1 << 40, 9))
 _TRIAL_LEVEL = 3
 #: Small numbers hold many short chance repetitions, which cost more than they save: only an optimal parser
 #: passes them over (int8 weights: 8.7 % instead of 10.7 % at level 9). There are no far ones to look for.
@@ -117,12 +118,12 @@ def _patch_from(old: memoryview, new: memoryview) -> Iterator[bytes]:
     low, high = _TABLE_LOG
     table = min(max(len(old).bit_length(), low), high)
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        _PATCH_LEVEL,
+        next(level for most, level in _PATCH_LEVELS if len(new) <= most),
         source_size=len(new),
         dict_size=len(old),
         window_log=max((len(old) + len(new)).bit_length(), zstandard.WINDOWLOG_MIN),
         hash_log=table,
-        chain_log=_TABLE_LOG[0],
+        chain_log=table,
         write_checksum=0,
     )
     # Raw content: a base that begins like a zstd dictionary is not to be read as one.

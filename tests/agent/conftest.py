@@ -125,6 +125,8 @@ class Releaser:
         self.golden: dict[str, GoldenVectors] = {}
         self.fetched: list[str] = []
         self.dropped: set[str] = set()
+        #: The models that each version was to be made of.
+        self.bases: dict[int, list[ModelRef]] = {}
         self.offline = False
 
     def release(
@@ -173,6 +175,8 @@ class Releaser:
             raise Unavailable("no network")
         self.fetched.append(variant.name)
         self.dropped.discard(variant.blob.digest)
+        if earlier:
+            self.bases[manifest.version] = list(earlier)
 
     def drop(self, digests: Iterable[str]) -> None:
         self.dropped |= set(digests)

@@ -189,6 +189,7 @@ WRONG: dict[str, Callable[[Request], None]] = {
     "from a base that was not offered": lambda request: request.delta(base="0" * 64),
     "does not say its base": lambda request: request.delta(base=""),
     "an ETag that is a path": lambda request: request.delta(ETag='"../../../blobs/x"'),
+    "an ETag that is no hash": lambda request: request.delta(ETag='"abc"'),
     "coded": lambda request: request.delta(Content_Encoding="gzip"),
     "a server that fails": lambda request: request.head(500, Content_Length="0"),
     "it asks for too much": lambda request: request.head(416, Content_Length="0"),
@@ -213,6 +214,10 @@ def test_a_damaged_base_is_found_before_it_is_used(tmp_path: Path) -> None:
         assert source.whole == 1 and one.left() == []
 
 
+#: What lies in the sockets' buffers when the reader has gone.
+SOCKETS = 32 << 20
+
+
 def endless(request: Request) -> None:
     request.head(ETag=f'"{"0" * 64}"', Edgeward_Delta_Base=BASE.digest, Connection="close")
     request.cut()
@@ -224,6 +229,7 @@ def test_an_endless_delta_is_cut_at_the_signed_length(tmp_path: Path) -> None:
     with device(tmp_path, endless) as (one, source):
         assert one.fetch() is None
         assert source.whole == 1 and one.left() == []
+        assert source.sent < 2 * len(NEW) + SOCKETS
 
 
 def endless_error(request: Request) -> None:
@@ -236,6 +242,7 @@ def endless_error(request: Request) -> None:
 def test_an_endless_error_is_cut(tmp_path: Path) -> None:
     with device(tmp_path, endless_error) as (one, source):
         assert one.fetch() is None and source.whole == 1
+        assert source.sent < len(NEW) + SOCKETS
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path) -> None:
@@ -264,16 +271,17 @@ def test_what_has_arrived_outlives_the_agent_but_not_another_delta(tmp_path: Pat
         request.cut()
 
     with device(tmp_path, half, dead) as (one, source):
+        (tmp_path / "deltas").mkdir()
+        (tmp_path / "deltas" / f"{TARGET.digest}.{'1' * 64}").write_bytes(b"of a delta that is no more")
+        (tmp_path / "deltas" / f"{'2' * 64}.{'1' * 64}").write_bytes(b"another artifact's")
         assert delta.fetch(one.blobs, one.transport, TARGET, [BASE], one.clock) is None
         assert len(source.asked) == 1 + delta.TRIES
         assert one.left() == [f"{TARGET.digest}.{sha256_hex(DELTA)}"]
-    for index, content in enumerate((DELTA, DELTA + b"")):
+    for index, etag in enumerate((sha256_hex(DELTA), "1" * 64)):
         folder = tmp_path / str(index)
         (folder / "deltas").mkdir(parents=True)
-        etag = sha256_hex(DELTA) if index == 0 else "1" * 64
         (folder / "deltas" / f"{TARGET.digest}.{etag}").write_bytes(DELTA[:2000])
-        (folder / "deltas" / f"{'2' * 64}.{etag}").write_bytes(b"another artifact's")
-        with device(folder, lambda request, content=content: request.delta(content)) as (one, source):  # type: ignore[misc]
+        with device(folder, Request.delta) as (one, source):
             assert one.fetch() == len(DELTA)
             assert source.sent == (len(DELTA) - 1999 if index == 0 else len(DELTA))
             assert one.left() == []

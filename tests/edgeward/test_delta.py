@@ -227,6 +227,18 @@ def test_a_delta_for_other_files_is_refused() -> None:
         assert other != new and len(other) == len(new)
 
 
+def test_a_head_that_make_would_not_write_is_refused() -> None:
+    good = bytearray(GENUINE[0][0].content)
+    assert good[4:8] == bytes([3, 4, 0, 0])
+    for at, value in [(0, 0), (4, 0), (4, 4), (4, 1), (5, 0), (5, 3), (5, 8), (6, 4), (7, 1)]:
+        bad = bytearray(good)
+        bad[at] = value
+        with pytest.raises(DeltaError, match=r"cannot read|can read|no elements"):
+            frame.decode(bytes(bad))
+    with pytest.raises(DeltaError, match="23 bytes"):
+        frame.decode(bytes(good[:23]))
+
+
 def test_what_follows_the_frame_is_refused() -> None:
     for delta, new in GENUINE:
         for more in (b"rubbish!", zstandard.compress(b"more")):
