@@ -93,13 +93,15 @@ def _best_lanes(old: memoryview, new: memoryview, going_on: Callable[[], None]) 
     """By the blocks of a sample; of a small file that is all of it."""
     compressor = zstandard.ZstdCompressor(level=_TRIAL_LEVEL)
 
-    def trial(codec: Codec) -> int:
+    def trial(codec: Codec) -> float:
         every = list(lanes.blocks(codec, len(new)))
+        chosen = every[:: -(-len(every) // _TRIAL_BLOCKS)]
         total = 0
-        for index in range(0, len(every), -(-len(every) // _TRIAL_BLOCKS)):
+        for at, length in chosen:
             going_on()
-            total += len(compressor.compress(lanes.encode_block(codec, old, new, *every[index])))
-        return total
+            total += len(compressor.compress(lanes.encode_block(codec, old, new, at, length)))
+        # A phase may bring one more block, and so a sample of another length.
+        return total / sum(length for _, length in chosen)
 
     return min(_LANES, key=trial)
 

@@ -93,6 +93,15 @@ def test_the_smallest_wins() -> None:
     assert len(delta.content) < 0.2 * len(stepped)
 
 
+def test_a_phase_is_not_chosen_because_less_of_the_file_was_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lanes, "BLOCK", 4096)
+    base, moved = weights(1, 16 * 1024), weights(1, 16 * 1024, moved=1e-3)
+    delta = make(base, moved)
+    assert delta is not None and delta.codec.name == "difference/4"
+
+
 def test_there_is_none_where_it_does_not_pay() -> None:
     base, other = random.Random(1).randbytes(100_000), random.Random(2).randbytes(100_000)
     assert make(base, other) is None
