@@ -130,13 +130,16 @@ class Activation:
         self._clock = clock
         self._setup = setup or Setup()
 
-    def fetch(self, manifest: Manifest, policy: SlotPolicy) -> None:
-        """Get the blobs that are needed to choose. Raises Refused when no variant can run here."""
+    def fetch(self, manifest: Manifest, policy: SlotPolicy, earlier: Sequence[ModelRef] = ()) -> None:
+        """Get the blobs that are needed to choose, as deltas from `earlier` models if possible.
+
+        Raises Refused when no variant can run here.
+        """
         candidates = self._candidates(manifest, policy)
         if not eligible(candidates, policy):
             raise self._refused(manifest, choose(candidates, policy), {})
         for variant in self._needed(manifest, policy):
-            self._verifier.fetch_blobs(manifest, variant)
+            self._verifier.fetch_blobs(manifest, variant, earlier)
 
     def verify(self, ref: ModelRef, manifest: Manifest, policy: SlotPolicy) -> None:
         """Hash and check what `fetch` got. Raises DigestMismatch, PackageError."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from agent import lifecycle
+from agent import delta, lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
 from agent.active import ActiveModel, conditions, make_active
 from agent.guard import Breach, crash_loop_breach
@@ -215,7 +215,7 @@ class Slots:
         try:
             walk.to(Event.BEGUN)
             manifest = self._verifier.fetch_manifest(target)
-            self._activation.fetch(manifest, policy)
+            self._activation.fetch(manifest, policy, delta.earlier(self._records, name, target.model))
             walk.to(Event.FETCHED)
             self._activation.verify(target, manifest, policy)
             walk.to(Event.VERIFIED)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
+from agent import delta
 from agent.fetch import BlobStore
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
@@ -18,6 +20,8 @@ from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, U
 from edgeward.formats import SNIFF_BYTES, check_model_head
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.package import GoldenVectors, Manifest, Variant, decode_manifest, target_path
+
+log = logging.getLogger(__name__)
 
 _KEY = object()
 
@@ -106,7 +110,10 @@ class Verifier:
         self._blobs.fetch(self._transport, ref.digest, length, self._clock)
         return self._manifest(ref, self._blobs.read(ref.digest, length))
 
-    def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
+    def fetch_blobs(self, manifest: Manifest, variant: Variant, earlier: Iterable[ModelRef] = ()) -> None:
+        """Download what is not here yet; the variant's blob as a delta from an `earlier` model if possible."""
+        bases = delta.bases(variant, self._held(earlier))
+        delta.fetch(self._blobs, self._transport, variant.blob, bases, self._clock)
         for blob in (variant.blob, manifest.golden.blob):
             self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
 
@@ -134,6 +141,13 @@ class Verifier:
         path = self._blobs.path(ref.digest)
         size = path.stat().st_size if path.exists() else 0
         return self._manifest(ref, self._blobs.read(ref.digest, size))
+
+    def _held(self, refs: Iterable[ModelRef]) -> Iterator[Manifest]:
+        for ref in refs:
+            try:
+                yield self.reopen_manifest(ref)
+            except (EdgewardError, OSError) as error:
+                log.info("%s:%s is no base for a delta: %s", ref.model, ref.version, error)
 
     def _manifest(self, ref: ModelRef, content: bytes) -> Manifest:
         manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")

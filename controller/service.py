@@ -14,6 +14,7 @@ import msgspec
 from sqlmodel import Session
 
 from controller.changes import Changes
+from controller.deltas import Deltas
 from controller.downloads import Limits
 from controller.identity import Authority
 from controller.ingest import Ingest
@@ -69,6 +70,7 @@ class Controller:
         self.changes = Changes(int(self.clock.now() * 1000))
         self.store = Store(settings.database or f"sqlite:///{data / 'controller.db'}")
         self.artifacts = Artifacts(data / "artifacts")
+        self.deltas = Deltas(data / "deltas", self.artifacts)
         self.releases = Releases(data / "tuf", data / "keys", self.artifacts, self.clock)
         self._desired_key = load_or_create(data / "keys" / "desired.pem")
         self.desired_keys = [public_pem(self._desired_key.public_key())]
@@ -102,6 +104,7 @@ class Controller:
         self.stopping.set()
         self.link.stop()
         self.reconciler.stop()
+        self.deltas.stop()
         self.store.close()
         self._lock.close()
 

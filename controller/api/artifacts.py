@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from controller.api.access import Fetcher, Releaser, Service, answer
@@ -12,19 +16,71 @@ from edgeward.identifiers import check_digest
 
 router = APIRouter()
 
+MAX_BASES = 8
+MAX_WAIT = 30.0
+RETRY_AFTER = 10
+_POLL = 0.2
+_CACHING = "private, max-age=31536000, immutable"
 
-@router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"])
-def fetch(request: Request, digest: str, controller: Service, who: Fetcher) -> Response:
+
+def _download(
+    request: Request, controller: Service, who: Fetcher, path: Path, digest: str, headers: dict[str, str]
+) -> Download:
     state = request.app.state
     return Download(
-        controller.artifacts.path(check_digest(digest)),
+        path,
         f'"{digest}"',
         who,
         state.downloads,
         state.download_threads,
         controller.clock,
-        {"Cache-Control": "private, max-age=31536000, immutable"},
+        {"Cache-Control": _CACHING, **headers},
     )
+
+
+@router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"])
+def fetch(request: Request, digest: str, controller: Service, who: Fetcher) -> Response:
+    return _download(request, controller, who, controller.artifacts.path(check_digest(digest)), digest, {})
+
+
+@router.get("/artifacts/{digest}/delta")
+async def delta(
+    request: Request,
+    digest: str,
+    controller: Service,
+    who: Fetcher,
+    base: Annotated[list[str], Query(max_length=MAX_BASES)],
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT)] = 0.0,
+) -> Response:
+    """The smallest delta that makes the artifact of one of the bases, which `Edgeward-Delta-Base` names.
+
+    404 when none is worthwhile. 503 with Retry-After when it is still being made after `wait` seconds.
+    """
+    deltas, clock = controller.deltas, controller.clock
+    until = clock.monotonic() + wait
+    while True:
+        seen = deltas.revision
+        found = await run_in_threadpool(deltas.find, digest, base)
+        if found is not None:
+            break
+        while deltas.revision == seen:
+            over = clock.monotonic() >= until or controller.stopping.is_set()
+            if over or await request.is_disconnected():
+                return _being_made(digest)
+            await asyncio.sleep(_POLL)
+    headers = {
+        "Edgeward-Delta-Base": found.base,
+        "Edgeward-Delta-Codec": await run_in_threadpool(found.codec),
+    }
+    return _download(request, controller, who, found.path, found.sha256, headers)
+
+
+def _being_made(digest: str) -> Response:
+    message = f"the delta for {digest[:16]} is being made"
+    hint = "ask again, or fetch the whole artifact"
+    busy = answer({"error": {"message": message, "hint": hint, "source": "", "field": ""}}, 503)
+    busy.headers["Retry-After"] = str(RETRY_AFTER)
+    return busy
 
 
 @router.put("/artifacts/{digest}")

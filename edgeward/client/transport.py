@@ -31,6 +31,9 @@ _BY_STATUS: dict[int, type[EdgewardError]] = {
     504: Unavailable,
 }
 
+_ERROR_BYTES = 64 << 10
+_ERROR_PIECES = 32
+
 
 def error_from(status: int, body: Any, url: str) -> EdgewardError:
     """The exception for an error answer `{"error": {"message", "hint", "source", "field"}}`."""
@@ -155,8 +158,13 @@ class Transport:
             ) as response,
         ):
             if response.status_code >= 400:
-                response.read()
-                raise self._error(response, path)
+                kept = {
+                    name: response.headers[name]
+                    for name in ("retry-after", "date")
+                    if name in response.headers
+                }
+                told = httpx.Response(response.status_code, headers=kept, content=_beginning(response))
+                raise self._error(told, path)
             yield response
 
 
@@ -174,6 +182,16 @@ def retry_after(value: str | None, date: str | None) -> float | None:
     except (ValueError, TypeError):
         return None
     return max(gap.total_seconds(), 0.0)
+
+
+def _beginning(response: httpx.Response) -> bytes:
+    """As much of an error's body as an honest one has: it may be endless, or come byte by byte."""
+    body = bytearray()
+    for count, chunk in enumerate(response.iter_raw()):
+        body += chunk
+        if len(body) > _ERROR_BYTES or count > _ERROR_PIECES:
+            break
+    return bytes(body[:_ERROR_BYTES])
 
 
 def _is_address(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,8 @@ class Releaser:
         self.golden: dict[str, GoldenVectors] = {}
         self.fetched: list[str] = []
         self.dropped: set[str] = set()
+        #: The models that each version was to be made of.
+        self.bases: dict[int, list[ModelRef]] = {}
         self.offline = False
         self.busy = 0.0
 
@@ -169,13 +171,15 @@ class Releaser:
     def reopen_manifest(self, ref: ModelRef) -> Manifest:
         return self.manifests[ref.digest]
 
-    def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
+    def fetch_blobs(self, manifest: Manifest, variant: Variant, earlier: Sequence[ModelRef] = ()) -> None:
         if self.offline:
             raise Unavailable("no network")
         if self.busy:
             raise Unavailable("32 downloads are running", retry_after=self.busy)
         self.fetched.append(variant.name)
         self.dropped.discard(variant.blob.digest)
+        if earlier:
+            self.bases[manifest.version] = list(earlier)
 
     def drop(self, digests: Iterable[str]) -> None:
         self.dropped |= set(digests)

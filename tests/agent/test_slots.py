@@ -123,6 +123,17 @@ def test_a_version_in_several_slots_is_served_once(
     assert len(series) == len(set(series))
 
 
+def test_a_new_model_is_fetched_with_the_slots_earlier_ones_as_bases(
+    open_slots: Any, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    refs = [releaser.release(version, ("only", models["fast"])) for version in (1, 2, 3)]
+    for ref in refs:
+        wish(slots, ref)
+        assert settled(slots, until).running == ref
+    assert releaser.bases == {2: [refs[0]], 3: [refs[1], refs[0]]}
+
+
 def test_a_model_off_its_golden_vectors_is_refused_and_the_running_one_stays(
     open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any
 ) -> None:

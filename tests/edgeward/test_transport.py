@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
-from edgeward.client.transport import Transport, retry_after
+from edgeward.client.transport import Transport, _beginning, retry_after
 from edgeward.errors import Unavailable
 
 DATE = "Tue, 24 Nov 2026 12:00:00 GMT"
@@ -75,3 +76,18 @@ def test_who_finds_nobody_does_not() -> None:
         transport.request("GET", "/")
     assert caught.value.retry_after is None
     transport.close()
+
+
+@pytest.mark.parametrize("piece", [b"x", bytes(1 << 20)])
+def test_an_error_is_read_to_an_honest_length_only(piece: bytes) -> None:
+    taken = 0
+
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            nonlocal taken
+            while taken < 10_000:
+                taken += 1
+                yield piece
+
+    body = _beginning(httpx.Response(503, stream=Endless()))
+    assert len(body) <= 64 << 10 and taken < 100
