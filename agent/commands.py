@@ -132,6 +132,7 @@ def status(
     try:
         facts = {
             "generation": state.generation(),
+            "timeFloor": state.time_floor(),
             "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
             "quarantined": state.quarantined(),

@@ -70,6 +70,11 @@ RETRY_BASE, RETRY_MAX = 1.0, 300.0
 _DOUBLINGS = 20
 
 
+def due(state: SlotState, now: float) -> bool:
+    """Whether a Pending candidate may try (again). A time beyond any wait was set by a clock since put right."""
+    return state.phase is Phase.PENDING and not now < state.retry_at <= now + RETRY_MAX
+
+
 def wish(
     target: ModelRef, quarantined: frozenset[str], now: float, policy: SlotPolicy | None = None
 ) -> SlotState:

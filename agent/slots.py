@@ -13,7 +13,7 @@ import msgspec
 
 from agent import lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
-from agent.lifecycle import Event, SlotState, step
+from agent.lifecycle import Event, SlotState, due, step
 from agent.runtime.engine import Engine
 from agent.runtime.port import Runner
 from agent.state import SlotRecord, State
@@ -227,7 +227,7 @@ class Slots:
     def _next_due(self) -> tuple[str, SlotState] | None:
         now = self._clock.now()
         for name, candidate in self._candidates.items():
-            if candidate.phase is Phase.PENDING and candidate.retry_at <= now:
+            if due(candidate, now):
                 return name, candidate
         return None
 

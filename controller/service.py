@@ -34,6 +34,9 @@ from edgeward.wire.denied import PAYLOAD_TYPE, Denied
 from edgeward.wire.denied import encode as encode_denied
 from edgeward.wire.package import Manifest, decode_manifest
 from edgeward.wire.resources import model_version_name
+from edgeward.wire.signed_time import PAYLOAD_TYPE as TIME_TYPE
+from edgeward.wire.signed_time import SignedTime, check_nonce
+from edgeward.wire.signed_time import encode as encode_time
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +133,11 @@ class Controller:
         """The deny-list of now, for those who check signatures without asking here each time."""
         denied = Denied(self.clock.now(), self.authority.denied())
         return dsse.sign(encode_denied(denied), PAYLOAD_TYPE, self._desired_key)
+
+    def signed_time(self, nonce: str) -> bytes:
+        """What time it is, for whoever asked with `nonce`. Raises InvalidDocument."""
+        now = SignedTime(check_nonce(nonce), self.clock.now())
+        return dsse.sign(encode_time(now), TIME_TYPE, self._desired_key)
 
     # tokens
 

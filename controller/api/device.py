@@ -79,6 +79,12 @@ def _newest(controller: Controller, device: str, newer_than: int) -> bytes | Non
         return row.envelope if row is not None and row.content and row.generation > newer_than else None
 
 
+@router.get("/device/v1/time")
+def signed_time(controller: Service, nonce: str = "") -> Response:
+    """What time it is, signed over the caller's nonce. Open to all: a wrong clock mints no valid token."""
+    return Response(controller.signed_time(nonce), media_type="application/json")
+
+
 @router.get("/device/v1/denied")
 def denied(controller: Service, who: Device) -> Response:
     """The signed deny-list: what a trend store must refuse, which gets its rows from a broker."""

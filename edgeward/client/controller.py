@@ -200,6 +200,10 @@ class DeviceClient:
         headers = {"Content-Type": "application/octet-stream", "Edgeward-Topic": topic}
         self.http.request("POST", "/device/v1/messages", content=envelope, headers=headers)
 
+    def time(self, nonce: str) -> bytes:
+        """The controller's signed time (DSSE over `edgeward.wire.signed_time.SignedTime`)."""
+        return self.http.request("GET", "/device/v1/time", params={"nonce": nonce}, anonymous=True).content
+
     def denied(self) -> bytes:
         """The signed deny-list (DSSE)."""
         return self.http.request("GET", "/device/v1/denied").content

@@ -78,9 +78,9 @@ class Transport:
     def close(self) -> None:
         self._client.close()
 
-    def _headers(self, extra: dict[str, str] | None) -> dict[str, str]:
+    def _headers(self, extra: dict[str, str] | None, anonymous: bool = False) -> dict[str, str]:
         headers = dict(extra or {})
-        if self._credential is not None:
+        if self._credential is not None and not anonymous:
             headers["Authorization"] = f"Bearer {self._credential()}"
         return headers
 
@@ -104,8 +104,11 @@ class Transport:
         params: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
+        anonymous: bool = False,
     ) -> httpx.Response:
-        """Raises the EdgewardError that the answer's status stands for, Unavailable when there is none."""
+        """Send one request, `anonymous` without the credential.
+
+        Raises the EdgewardError that the answer's status stands for, Unavailable when there is none."""
         with self._translated(path):
             response = self._client.request(
                 method,
@@ -113,7 +116,7 @@ class Transport:
                 json=json,
                 content=content,
                 params=params,
-                headers=self._headers(headers),
+                headers=self._headers(headers, anonymous),
                 timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout,
             )
         if response.status_code >= 400:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import lifecycle
-from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, step, wish
+from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, due, step, wish
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase
@@ -52,6 +52,14 @@ def test_a_quarantined_digest_is_refused_at_once() -> None:
     assert wish(ONE, frozenset({ONE.digest}), 1.0).phase is Phase.QUARANTINED
     fresh = wish(ONE, frozenset({"other"}), 1.0, SlotPolicy(threads=3))
     assert fresh.phase is Phase.PENDING and fresh.policy.threads == 3
+
+
+def test_a_wait_that_a_wrong_clock_set_is_not_waited_out() -> None:
+    ten_years = 10 * 365 * 86400.0
+    pending = step(SlotState(ONE, phase=Phase.DOWNLOADING, failures=3), Event.UNAVAILABLE, ten_years)
+    assert not due(pending, ten_years) and due(pending, pending.retry_at)
+    assert due(pending, 5.0), "the clock has been put right"
+    assert not due(SlotState(ONE, phase=Phase.ACTIVE), ten_years)
 
 
 def test_weeks_without_a_network_are_waited_out() -> None:

@@ -22,7 +22,7 @@ from edgeward.broker import EmbeddedBroker, free_port
 from edgeward.client import ControllerClient
 from edgeward.client.controller import DeviceClient
 from edgeward.client.transport import Transport
-from edgeward.clock import SystemClock
+from edgeward.clock import Clock, SystemClock
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link
 from edgeward.storage import sha256_hex
@@ -228,9 +228,11 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def running(folder: Path, *, broker: EmbeddedBroker | None = None, database: str = "") -> Iterator[Plant]:
+def running(
+    folder: Path, *, broker: EmbeddedBroker | None = None, database: str = "", clock: Clock | None = None
+) -> Iterator[Plant]:
     address = broker.url if broker else f"mqtt://127.0.0.1:{free_port()}"
-    controller = Controller(Settings(folder / "data", address, database), SystemClock())
+    controller = Controller(Settings(folder / "data", address, database), clock or SystemClock())
     port = free_port()
     config = uvicorn.Config(
         build(controller), port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=2
