@@ -14,7 +14,7 @@ from agent.fetch import BlobStore
 from agent.release_metadata import refresh
 from agent.trusted_clock import TrustedClock
 from edgeward.client.transport import Transport
-from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError
+from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
 from edgeward.formats import SNIFF_BYTES, check_model_head
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.package import GoldenVectors, Manifest, Variant, decode_manifest, target_path
@@ -78,15 +78,16 @@ class Verifier:
     def target_length(self, ref: ModelRef) -> int:
         """The manifest's size as signed by the releaser, when the signed digest is the one wished for.
 
-        Raises TrustError when it is not released like that, Unavailable when the metadata cannot be had
-        or does not hold.
+        Raises TrustError when it was released with another digest; Unavailable when the metadata cannot be
+        had, does not hold, or does not name it (yet).
         """
         url = f"{self._transport.base_url}/tuf/"
         updater = refresh(self._metadata, url, _Fetcher(self._transport), self._root, self._clock)
         # Without delegations (the controller refuses them) this loads nothing more.
         info = updater.get_targetinfo(target_path(ref.model, ref.version))
         if info is None:
-            raise TrustError(f"{ref.model} version {ref.version} is not released")
+            # Somebody on the link may hold newer metadata back for as long as the old has not expired.
+            raise Unavailable(f"{ref.model} version {ref.version} is not in the release metadata served here")
         if info.hashes.get("sha256") != ref.digest:
             raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
         return int(info.length)

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from agent.fetch import BlobStore
 from agent.identity import LOOK_EVERY, Identity, enroll
 from agent.state import State
 from agent.trusted_clock import TrustedClock
+from agent.verify import Verifier
 from edgeward.client.controller import DeviceClient
 from edgeward.client.transport import Transport
 from edgeward.clock import ManualClock, SystemClock
-from edgeward.errors import Forbidden, InvalidDocument, TrustError
+from edgeward.errors import Forbidden, InvalidDocument, TrustError, Unavailable
 from edgeward.trust import dsse
 from edgeward.trust.keys import generate_key
 from edgeward.wire.signed_time import PAYLOAD_TYPE, SignedTime, encode
@@ -60,6 +62,36 @@ class Rounds(threading.Event):
         if self._left > 0:
             self._machine.advance(timeout or 0.0)
         return self._left <= 0
+
+
+def test_held_back_metadata_costs_a_release_nothing_but_time(
+    device: Device, plant: Any, tmp_path: Path
+) -> None:
+    """TrustError would quarantine it for good; Unavailable is tried again."""
+    identity = device.boot(SystemClock().now())
+    root = identity.enrollment.trust.tuf_root.encode()
+    verifier = Verifier(
+        tmp_path / "tuf", root, BlobStore(tmp_path / "blobs"), identity.transport, device.clock
+    )
+    one = plant.publish(1)
+    timestamp = plant.folder / "data" / "tuf" / "timestamp.json"
+    old = timestamp.read_bytes()
+    two = plant.publish(2)
+    new = timestamp.read_bytes()
+    timestamp.write_bytes(old)
+    assert verifier.target_length(one) > 0
+    with pytest.raises(Unavailable, match="not in the release metadata"):
+        verifier.target_length(two)
+    for damaged in (new[:-20], new.replace(b"snapshot.json", b"snapshat.json"), b"{}"):
+        timestamp.write_bytes(damaged)
+        with pytest.raises(Unavailable, match="does not verify"):
+            verifier.target_length(two)
+    timestamp.write_bytes(new)
+    assert verifier.target_length(two) > 0
+    timestamp.write_bytes(old)
+    with pytest.raises(Unavailable, match="does not verify"):
+        verifier.target_length(two)
+    timestamp.write_bytes(new)
 
 
 @pytest.mark.parametrize("off", [10 * YEAR, -10 * YEAR, None])
