@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -20,7 +22,7 @@ from edgeward.storage import write_atomic
 from edgeward.trust import dsse, tokens
 from edgeward.trust.certificates import DeviceIdentity, TrustAnchor, load_certificate_pem, make_csr, to_der
 from edgeward.trust.keys import SigningIdentity, load_or_create
-from edgeward.wire.enrollment import EnrollRequest, EnrollResponse, RenewRequest
+from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
 from edgeward.wire.signed_time import PAYLOAD_TYPE, SignedTime
 
 log = logging.getLogger(__name__)
@@ -31,10 +33,21 @@ _URL = "controller.url"
 _ENROLLMENT = "enrollment.json"
 
 
-def enroll(folder: Path, url: str, token: str, name: str, labels: dict[str, str]) -> EnrollResponse:
+def enroll(
+    folder: Path,
+    url: str,
+    token: str,
+    name: str,
+    labels: dict[str, str],
+    *,
+    wait: Callable[[EnrollPending], None] | None = None,
+) -> EnrollResponse:
     """Token -> key pair -> request -> certificate. The key never leaves the folder.
 
-    Raises Conflict when the folder is enrolled already, UsageError for a trend store's token.
+    `wait` is called before each further question while a person must approve; when it is ended there, the
+    same call goes on later. Raises Conflict when the folder is enrolled already, UsageError for a trend
+    store's token, Forbidden when the token does not hold or the request was denied, Unavailable when a
+    person must approve and there is no `wait`.
     """
     check_name(name)
     if (folder / _ENROLLMENT).exists():
@@ -42,7 +55,15 @@ def enroll(folder: Path, url: str, token: str, name: str, labels: dict[str, str]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = load_or_create(folder / "identity.key")
     with ControllerClient(url) as client:
-        answer = client.enroll(EnrollRequest(token, name, make_csr(key, name), labels))
+        request = EnrollRequest(token, name, make_csr(key, name), labels)
+        answer = client.enroll(request)
+        while isinstance(answer, EnrollPending):
+            if wait is None:
+                raise Unavailable(f"{name} waits for approval", hint=f"edgeward device approve {name}")
+            wait(answer)
+            # A link that breaks meanwhile is no reason to begin anew: the token is spent.
+            with contextlib.suppress(Unavailable):
+                answer = client.enroll(request)
     if answer.role != "device":
         raise UsageError("this token is for a trend store", hint="edgeward token create --site SITE")
     write_atomic(folder / _URL, url.encode())

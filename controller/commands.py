@@ -39,6 +39,14 @@ def up(
             help="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME; by default SQLite in the data folder.",
         ),
     ] = None,
+    renewal_grace: Annotated[
+        float,
+        typer.Option(
+            "--renewal-grace",
+            min=0,
+            help="Days after its end in which a device may still renew its certificate by itself.",
+        ),
+    ] = 90.0,
 ) -> None:
     """Run the fleet controller until it is told to stop.
 
@@ -52,4 +60,12 @@ def up(
             f"the controller is not installed completely: {error.name}",
             hint="pip install 'edgeward[controller]'",
         ) from None
-    serve(data, host, port, broker=broker, broker_port=broker_port, database=database or "")
+    serve(
+        data,
+        host,
+        port,
+        broker=broker,
+        broker_port=broker_port,
+        database=database or "",
+        renewal_grace=renewal_grace * 86400.0,
+    )

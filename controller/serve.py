@@ -60,7 +60,16 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: int, database: str) -> None:
+def serve(
+    data: Path,
+    host: str,
+    port: int,
+    *,
+    broker: str | None,
+    broker_port: int,
+    database: str,
+    renewal_grace: float,
+) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
         Broker(broker).endpoint()
@@ -77,6 +86,7 @@ def serve(data: Path, host: str, port: int, *, broker: str | None, broker_port: 
             broker or _local_url(embedded),
             database,
             broker_on_this_host=embedded is not None and host in ("0.0.0.0", "::"),
+            renewal_grace=renewal_grace,
         )
         controller = Controller(settings)
         stack.callback(controller.stop)

@@ -14,7 +14,7 @@ import msgspec
 from sqlmodel import Session
 
 from controller.changes import Changes
-from controller.identity import Authority
+from controller.identity import RENEWAL_GRACE, Authority
 from controller.ingest import Ingest
 from controller.reconcile import Reconciler
 from controller.registry import Artifacts
@@ -48,12 +48,14 @@ class Settings:
     """`broker` is where this controller connects; devices are told the same address.
 
     With `broker_on_this_host` they are told the host name by which they reached the controller.
+    `renewal_grace`: see `controller.identity.Authority`, in seconds.
     """
 
     data: Path
     broker: str
     database: str = ""
     broker_on_this_host: bool = False
+    renewal_grace: float = RENEWAL_GRACE
 
 
 class Controller:
@@ -79,6 +81,7 @@ class Controller:
             self.clock,
             desired_keys=self.desired_keys,
             tuf_root=self.releases.root_text,
+            renewal_grace=settings.renewal_grace,
         )
         self.reconciler = Reconciler(
             self.store, self.releases, self._desired_key, self.clock, self.changes, self._publish_retained

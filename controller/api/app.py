@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 import edgeward
-from controller.api import artifacts, device, people, releases
+from controller.api import artifacts, device, enrollment, people, releases
 from controller.api.access import Service, Throttle, TooManyAttempts, Unauthenticated, answer
 from controller.service import Controller
 from edgeward.errors import (
@@ -91,7 +91,7 @@ def build(controller: Controller, *, static: Path = STATIC) -> FastAPI:
             {"status": "ok", "version": edgeward.__version__, "brokerConnected": controller.link.connected}
         )
 
-    for router in (releases.router, artifacts.router, device.router, people.router):
+    for router in (releases.router, artifacts.router, device.router, enrollment.router, people.router):
         app.include_router(router)
     if (static / "index.html").is_file():
         app.mount("/", StaticFiles(directory=static, html=True))

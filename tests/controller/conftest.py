@@ -229,10 +229,15 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def running(
-    folder: Path, *, broker: EmbeddedBroker | None = None, database: str = "", clock: Clock | None = None
+    folder: Path,
+    *,
+    broker: EmbeddedBroker | None = None,
+    database: str = "",
+    clock: Clock | None = None,
+    **settings: Any,
 ) -> Iterator[Plant]:
     address = broker.url if broker else f"mqtt://127.0.0.1:{free_port()}"
-    controller = Controller(Settings(folder / "data", address, database), clock or SystemClock())
+    controller = Controller(Settings(folder / "data", address, database, **settings), clock or SystemClock())
     port = free_port()
     config = uvicorn.Config(
         build(controller), port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=2
