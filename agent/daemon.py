@@ -109,7 +109,7 @@ class Daemon:
         self._desired_topic = topics.desired(self.name)
         self._ack_topics = tuple(topics.ack(self.name, lane) for lane in LANES)
         self.link = Link(
-            Broker(broker or self.identity.enrollment.broker),
+            Broker(broker or self.identity.enrollment.broker, peer_time=self.identity.peer_time),
             f"edgeward-agent-{self.name.device}",
             subscriptions=(self._desired_topic, *self._ack_topics),
             on_message=self._on_message,

@@ -22,6 +22,7 @@ from edgeward.storage import write_atomic
 from edgeward.trust import dsse, tokens
 from edgeward.trust.certificates import DeviceIdentity, TrustAnchor, load_certificate_pem, make_csr, to_der
 from edgeward.trust.keys import SigningIdentity, load_or_create
+from edgeward.trust.tls import PeerTime
 from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
 from edgeward.wire.signed_time import PAYLOAD_TYPE, SignedTime
 
@@ -97,8 +98,14 @@ class Identity:
         self._signer = SigningIdentity(self._key, to_der(certificate))
         uri_name = self.enrollment.name
         self.name = DeviceName(self.enrollment.sites[0], uri_name)
-        self.transport = Transport(self.url, credential=lambda: tokens.mint(self._signer, clock.now()))
+        self.peer_time = PeerTime(clock.now, clock.wrong)
+        self.transport = Transport(
+            self.url, credential=lambda: tokens.mint(self._signer, clock.now()), peer_time=self.peer_time
+        )
         self.client = DeviceClient(self.transport)
+        # Without credential, and without a look at dates: a clock that is wrong and does not know it yet
+        # could not ask otherwise. The answer is signed.
+        self._time = DeviceClient(Transport(self.url, peer_time=PeerTime(None)))
 
     def signer(self) -> SigningIdentity:
         return self._signer
@@ -130,7 +137,7 @@ class Identity:
         recorded one.
         """
         nonce, asked = secrets.token_hex(16), self._clock.monotonic()
-        raw = self.client.time(nonce)
+        raw = self._time.time(nonce)
         signed = dsse.verify(raw, PAYLOAD_TYPE, self.enrollment.trust.desired_keys, SignedTime)
         if signed.nonce != nonce:
             raise TrustError("the signed time answers another question")

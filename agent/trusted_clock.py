@@ -112,6 +112,11 @@ class TrustedClock:
     def now(self) -> float:
         return read(self._known, self._clock.now(), self._clock.monotonic())
 
+    def wrong(self) -> bool:
+        """Whether evidence says that the machine's clock is not to be gone by."""
+        wall = self._clock.now()
+        return read(self._known, wall, self._clock.monotonic()) != wall
+
     def monotonic(self) -> float:
         return self._clock.monotonic()
 

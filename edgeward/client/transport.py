@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgeward.errors import (
     NotFound,
     Unavailable,
 )
+from edgeward.trust.tls import PeerTime, client_context
 
 _BY_STATUS: dict[int, type[EdgewardError]] = {
     401: Forbidden,
@@ -58,7 +60,9 @@ class Transport:
         timeout: float = 15.0,
         ca_file: Path | None = None,
         credential_source: str = "",
+        peer_time: PeerTime | None = None,
     ) -> None:
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong."""
         if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
@@ -67,7 +71,7 @@ class Transport:
         self._credential = credential
         self._credential_source = credential_source
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-        self._verify: str | bool = str(ca_file) if ca_file else True
+        self._verify = _context(self.base_url, ca_file, peer_time)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:
@@ -108,7 +112,8 @@ class Transport:
     ) -> httpx.Response:
         """Send one request, `anonymous` without the credential.
 
-        Raises the EdgewardError that the answer's status stands for, Unavailable when there is none."""
+        Raises the EdgewardError that the answer's status stands for, Unavailable when there is none.
+        """
         with self._translated(path):
             response = self._client.request(
                 method,
@@ -158,6 +163,15 @@ class Transport:
                 response.read()
                 raise self._error(response, path)
             yield response
+
+
+def _context(url: str, ca_file: Path | None, peer_time: PeerTime | None) -> ssl.SSLContext:
+    if url.startswith("http:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody; the usual roots are a megabyte
+    usual = httpx.create_ssl_context(trust_env=False)
+    if peer_time is not None:
+        return client_context(peer_time, ca_file=ca_file, roots=usual.get_ca_certs(binary_form=True))
+    return ssl.create_default_context(cafile=str(ca_file)) if ca_file else usual
 
 
 def _is_address(text: str) -> bool:

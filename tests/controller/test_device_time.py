@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import http.server
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from agent.fetch import BlobStore
 from agent.identity import LOOK_EVERY, Identity, enroll
 from agent.state import State
 from agent.trusted_clock import TrustedClock
 from agent.verify import Verifier
+from controller.api.app import build
+from edgeward.broker import free_port
 from edgeward.client.controller import DeviceClient
 from edgeward.client.transport import Transport
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import Forbidden, InvalidDocument, TrustError, Unavailable
-from edgeward.trust import dsse
-from edgeward.trust.keys import generate_key
+from edgeward.trust import certificates, dsse
+from edgeward.trust.keys import generate_key, private_pem
 from edgeward.wire.signed_time import PAYLOAD_TYPE, SignedTime, encode
 
 YEAR = 365 * 86400.0
@@ -110,6 +115,54 @@ def test_it_gets_through_with_any_clock(device: Device, off: float | None) -> No
     assert device.clock.should_ask()
     identity.keep_fresh(Rounds(device.machine, 1), threading.Event())
     assert not device.clock.should_ask() and LOOK_EVERY <= 60
+
+
+@contextmanager
+def over_tls(plant: Any, folder: Path, now: float, until: Any) -> Iterator[tuple[str, ssl.SSLContext]]:
+    """The same controller over HTTPS with a certificate for the day after `now`, and who trusts that."""
+    ca_key, key = generate_key(), generate_key()
+    ca = certificates.make_ca(ca_key, now)
+    issued = certificates.issue_server(ca, ca_key, key.public_key(), ["127.0.0.1"], now, lifetime=86400)
+    (folder / "server.pem").write_text(certificates.to_pem(issued))
+    (folder / "server.key").write_bytes(private_pem(key))
+    config = uvicorn.Config(
+        build(plant.controller),
+        port=free_port(),
+        log_level="warning",
+        lifespan="off",
+        ssl_certfile=folder / "server.pem",
+        ssl_keyfile=folder / "server.key",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield f"https://127.0.0.1:{config.port}", ssl.create_default_context(cadata=certificates.to_pem(ca))
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_tls_is_no_obstacle_for_a_wrong_clock(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    """The controller lives 110 days ahead, so this machine's clock, by which OpenSSL goes, is that wrong."""
+    world = ManualClock(SystemClock().now() + 100 * 86400)
+    with start(tmp_path, clock=world) as plant:
+        plant.begin()
+        device = Device(plant, tmp_path / "d1")
+        world.advance(10 * 86400)  # what the device's own certificate proves is too early for the server's
+        with over_tls(plant, tmp_path, world.now(), until) as (url, context):
+            (device.folder / "controller.url").write_text(url)
+            monkeypatch.setattr("httpx.create_ssl_context", lambda **_: context)
+            identity = device.boot(SystemClock().now())
+            with pytest.raises(Unavailable, match="not for now"):
+                identity.client.desired(newer_than=99, wait=0.0)
+            identity.keep_fresh(Rounds(device.machine, 1), threading.Event())
+            assert not device.clock.should_ask()
+            assert identity.client.desired(newer_than=99, wait=0.0) is None
+        device.state.close()
 
 
 def test_the_first_certificate_is_the_first_evidence(device: Device) -> None:
