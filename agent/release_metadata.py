@@ -19,11 +19,16 @@ from edgeward.errors import Unavailable
 from edgeward.wire.signed_time import TUF_FIELD
 
 
+class MetadataExpired(Unavailable):
+    """The release metadata is signed, but for a time that is over."""
+
+
 def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, clock: TrustedClock) -> Updater:
     """An updater with the newest metadata below `url`, none of it expired by all that is known of the time.
 
     `root` is the root metadata trusted from the start, `folder` keeps what was accepted before. Raises
-    Unavailable when the metadata cannot be had, does not verify, is older than before, or has expired.
+    Unavailable when the metadata cannot be had, does not verify or is older than before, MetadataExpired
+    when its time is over.
     """
     try:
         updater = Updater(str(folder), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
@@ -41,7 +46,7 @@ def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, cloc
     except DownloadError as error:
         raise Unavailable(f"release metadata cannot be had: {error}") from None
     except ExpiredMetadataError as error:
-        raise Unavailable(
+        raise MetadataExpired(
             f"the release metadata does not verify: {error} (it is {_time(clock.now()):%Y-%m-%dT%H:%MZ} here)",
             hint="is this device's clock right, and does the controller renew its metadata?",
         ) from None

@@ -23,7 +23,7 @@ from tuf.api.metadata import Metadata, Root, Targets, Timestamp
 from tuf.ngclient.fetcher import FetcherInterface
 
 from agent.desired import check
-from agent.release_metadata import refresh
+from agent.release_metadata import MetadataExpired, refresh
 from agent.state import State
 from agent.trusted_clock import ASK_EVERY, KEEP_EVERY, LATEST, TrustedClock, lower
 from controller.registry import Artifacts
@@ -174,7 +174,7 @@ def test_a_clock_that_is_behind_does_not_revive_old_metadata(
 def test_a_clock_that_is_ahead_locks_nobody_out(years: float, server: Server, device: Device) -> None:
     device.learn(server.desired(1))
     device.boot(server.clock.now() + years * YEAR)
-    with pytest.raises(Unavailable, match=r"expired.*clock right"):
+    with pytest.raises(MetadataExpired, match=r"expired.*clock right"):
         device.refresh()
     for _ in range(3):
         device.clock.keep()
