@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from edgeward.errors import MissingDependency, NotFound, UsageError
 
 if TYPE_CHECKING:
     from agent.serving.settings import Settings
+    from edgeward.wire.enrollment import EnrollPending
     from edgeward.wire.reports import StreamReport
 
 out = Console(highlight=False, soft_wrap=True)
@@ -41,15 +43,26 @@ def enroll(
     folder: Folder,
     label: Annotated[str, typer.Option(help="Labels, as key=value,key=value.")] = "",
 ) -> None:
-    """Get this device its identity.
+    """Get this device its identity. Where a person must approve it first, this waits; it may be run again.
 
     Example: `edgeward agent enroll --url http://127.0.0.1:8470 --token-file token --name line-1a --dir agent`
     """
     from agent.identity import enroll as do
 
     token = read_secret(token_file)
+    told: list[EnrollPending] = []
+
+    def wait(pending: EnrollPending) -> None:
+        if not told:
+            told.append(pending)
+            out.print(
+                f"{pending.name} waits for approval at site {pending.site}; its key is {pending.fingerprint}"
+            )
+            out.print(f"an admin lets it in: edgeward device approve {pending.name}")
+        time.sleep(min(max(pending.retry_after, 1.0), 60.0))
+
     with naming(token_file):
-        answer = do(folder, url, token, name, parse_labels(label))
+        answer = do(folder, url, token, name, parse_labels(label), wait=wait)
     out.print(f"enrolled device {answer.name} at site {answer.sites[0]}")
 
 
@@ -134,6 +147,7 @@ def status(
         reported_at, streams = state.stream_reports()
         facts = {
             "generation": state.generation(),
+            "timeFloor": state.time_floor(),
             "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
             "quarantined": {

@@ -17,7 +17,7 @@ from agent import inventory
 from agent.activation import Setup
 from agent.desired import check
 from agent.fetch import BlobStore
-from agent.identity import Identity
+from agent.identity import Identity, require_enrolled
 from agent.measure import machine_key
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
@@ -29,6 +29,7 @@ from agent.slots import Slots
 from agent.state import State
 from agent.streams.local_link import LocalLink
 from agent.streams.running import PREFIX, Streams
+from agent.trusted_clock import TrustedClock
 from agent.uplink import Uplink
 from agent.verify import Verifier
 from edgeward.clock import Clock
@@ -52,7 +53,7 @@ class Daemon:
     def __init__(
         self,
         folder: Path,
-        clock: Clock,
+        machine_clock: Clock,
         *,
         broker: str | None = None,
         report_interval: float = 10.0,
@@ -68,11 +69,12 @@ class Daemon:
         except OSError:
             os.close(self._lock_file)
             raise Conflict(f"another agent runs in {folder}", hint="stop it first") from None
-        self._clock = clock
         self._interval = report_interval
+        require_enrolled(folder)
+        self.state = State(folder / "state.db")
+        self._clock = clock = TrustedClock(machine_clock, self.state)
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
-        self.state = State(folder / "state.db")
         self._boot = self.state.next_boot()
         self._n = 0
         self._number = threading.Lock()
@@ -107,7 +109,7 @@ class Daemon:
         self._desired_topic = topics.desired(self.name)
         self._ack_topics = tuple(topics.ack(self.name, lane) for lane in LANES)
         self.link = Link(
-            Broker(broker or self.identity.enrollment.broker),
+            Broker(broker or self.identity.enrollment.broker, peer_time=self.identity.peer_time),
             f"edgeward-agent-{self.name.device}",
             subscriptions=(self._desired_topic, *self._ack_topics),
             on_message=self._on_message,
@@ -203,7 +205,7 @@ class Daemon:
     def _offer(self, raw: bytes) -> None:
         try:
             trust = self.identity.enrollment.trust
-            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock.now())
+            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock)
         except TrustError as error:
             log.warning("refused desired state: %s", error)
             return

@@ -1,7 +1,8 @@
-"""May this desired state be applied? A pure decision after the signature has been checked."""
+"""May this desired state be applied?"""
 
 from __future__ import annotations
 
+from agent.trusted_clock import TrustedClock
 from edgeward.errors import TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.trust import dsse
@@ -9,19 +10,21 @@ from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
 
 
 def check(
-    raw: bytes, trusted_keys: list[str], name: DeviceName, generation: int, now: float
+    raw: bytes, trusted_keys: list[str], name: DeviceName, generation: int, clock: TrustedClock
 ) -> DesiredState | None:
     """The desired state in `raw`, None when it is the one accepted already.
 
     Raises TrustError for a wrong signature, another device's state, an older generation, or an expired one.
+    When it was issued has passed, whatever else is wrong with it: the clock learns that first.
     """
     desired = dsse.verify(raw, PAYLOAD_TYPE, trusted_keys, DesiredState)
+    clock.learn(desired.issued_at)
     if (desired.site, desired.device) != name:
         raise TrustError(f"desired state is for {desired.site}/{desired.device}, this is {name}")
     if desired.generation == generation:
         return None
     if desired.generation < generation:
         raise TrustError(f"desired state of generation {desired.generation} is older than {generation}")
-    if now > desired.expires_at:
+    if clock.now() > desired.expires_at:
         raise TrustError(f"desired state of generation {desired.generation} has expired")
     return desired

@@ -93,6 +93,11 @@ class Verdict(msgspec.Struct, frozen=True):
     limit: float | None = None
 
 
+def due(state: SlotState, now: float) -> bool:
+    """Whether a Pending candidate may try (again). A time beyond any wait was set by a clock since put right."""
+    return state.phase is Phase.PENDING and not now < state.retry_at <= now + max(RETRY_MAX, ASKED_MAX)
+
+
 def wish(
     target: ModelRef, quarantined: Mapping[str, Verdict], now: float, policy: SlotPolicy | None = None
 ) -> SlotState:

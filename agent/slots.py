@@ -13,7 +13,7 @@ from agent import delta, lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
 from agent.active import ActiveModel, conditions, make_active
 from agent.guard import Breach, crash_loop_breach
-from agent.lifecycle import Event, SlotState, Verdict, step
+from agent.lifecycle import Event, SlotState, Verdict, due, step
 from agent.records import fallback, kept_beside, kept_blobs, recorded
 from agent.runtime.engine import Engine
 from agent.state import SlotRecord, State
@@ -196,7 +196,7 @@ class Slots:
     def _next_due(self) -> tuple[str, SlotState] | None:
         now = self._clock.now()
         for name, candidate in self._candidates.items():
-            if candidate.phase is Phase.PENDING and candidate.retry_at <= now:
+            if due(candidate, now):
                 return name, candidate
         return None
 

@@ -148,6 +148,13 @@ class State:
         self._set_meta("boot", boot)
         return boot
 
+    def time_floor(self) -> float:
+        """The latest time (seconds since 1970) that signed evidence is known to prove over."""
+        return float(int(self._meta("time_floor") or 0))
+
+    def keep_time_floor(self, at: float) -> None:
+        self._set_meta("time_floor", int(at))
+
     def desired(self) -> bytes | None:
         """The newest accepted desired state, as signed."""
         value = self._meta("desired")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
-from tuf.ngclient import Updater, UpdaterConfig
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
 from agent import delta
 from agent.fetch import BlobStore
+from agent.release_metadata import refresh
+from agent.trusted_clock import TrustedClock
 from edgeward.client.transport import Transport
-from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
 from edgeward.formats import SNIFF_BYTES, check_model_head
 from edgeward.wire.desired import ModelRef
@@ -70,7 +70,7 @@ class Verifier:
     """Asks the release metadata for a version, and fetches what it signs."""
 
     def __init__(
-        self, folder: Path, root: bytes, blobs: BlobStore, transport: Transport, clock: Clock
+        self, folder: Path, root: bytes, blobs: BlobStore, transport: Transport, clock: TrustedClock
     ) -> None:
         self._metadata = folder
         self._root = root
@@ -82,24 +82,16 @@ class Verifier:
     def target_length(self, ref: ModelRef) -> int:
         """The manifest's size as signed by the releaser, when the signed digest is the one wished for.
 
-        Raises TrustError when it is not released like that, Unavailable when the metadata cannot be had.
+        Raises TrustError when it was released with another digest; Unavailable when the metadata cannot be
+        had, does not hold, or does not name it (yet).
         """
-        try:
-            updater = Updater(
-                str(self._metadata),
-                f"{self._transport.base_url}/tuf/",
-                fetcher=_Fetcher(self._transport),
-                config=UpdaterConfig(),
-                bootstrap=self._root,
-            )
-            updater.refresh()
-            info = updater.get_targetinfo(target_path(ref.model, ref.version))
-        except DownloadError as error:
-            raise Unavailable(f"release metadata cannot be had: {error}") from None
-        except RepositoryError as error:
-            raise TrustError(f"the release metadata does not verify: {error}") from None
+        url = f"{self._transport.base_url}/tuf/"
+        updater = refresh(self._metadata, url, _Fetcher(self._transport), self._root, self._clock)
+        # Without delegations (the controller refuses them) this loads nothing more.
+        info = updater.get_targetinfo(target_path(ref.model, ref.version))
         if info is None:
-            raise TrustError(f"{ref.model} version {ref.version} is not released")
+            # Somebody on the link may hold newer metadata back for as long as the old has not expired.
+            raise Unavailable(f"{ref.model} version {ref.version} is not in the release metadata served here")
         if info.hashes.get("sha256") != ref.digest:
             raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
         return int(info.length)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from sqlmodel import Session
 
+from controller import approval
 from controller.identity import check_labels
 from controller.store import records, resources
 from controller.store.tables import ResourceRow
@@ -148,6 +149,7 @@ def delete(session: Session, row: ResourceRow, who: str, now: float) -> None:
     if row.kind == "Device":
         records.revoke_certificates(session, row.name)
         records.forget_device(session, row.name)
+        approval.forget(session, row.name)
     resources.remove(session, row)
     records.audit(session, now, who, "delete", row.kind, row.name)
 

@@ -49,6 +49,14 @@ def up(
     downloads: Annotated[
         int, typer.Option(min=1, max=1024, help="Artifacts downloaded at once; others are told to wait.")
     ] = Limits.downloads,
+    renewal_grace: Annotated[
+        float,
+        typer.Option(
+            "--renewal-grace",
+            min=0,
+            help="Days after its end in which a device may still renew its certificate by itself.",
+        ),
+    ] = 90.0,
 ) -> None:
     """Run the fleet controller until it is told to stop.
 
@@ -71,4 +79,5 @@ def up(
         broker_port_311=broker_port_311,
         database=database or "",
         downloads=Limits(downloads),
+        renewal_grace=renewal_grace * 86400.0,
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from sqlmodel import Session
 
+from controller import approval
 from controller.store import records, resources
 from controller.store.database import Store
-from controller.store.tables import CertificateRow, EnrollmentTokenRow
+from controller.store.tables import CertificateRow, EnrollmentRequestRow, EnrollmentTokenRow
 from edgeward.clock import Clock
 from edgeward.errors import Conflict, Forbidden, InvalidDocument, TrustError
 from edgeward.identifiers import DeviceName, check_name
@@ -19,10 +20,11 @@ from edgeward.storage import sha256_hex, write_atomic
 from edgeward.trust import certificates, tokens
 from edgeward.trust.certificates import DeviceIdentity, Identity, StoreIdentity, TrustAnchor
 from edgeward.trust.keys import PublicKey, load_or_create
-from edgeward.wire.enrollment import EnrollRequest, EnrollResponse, Role, TrustBundle
+from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, Role, TrustBundle
 
 CERTIFICATE_LIFETIME = 30 * 86400.0
 RENEW_AT = 2 / 3
+RENEWAL_GRACE = 90 * 86400.0
 MAX_TOKEN_TTL = 30 * 86400.0
 MAX_LABELS = 64
 
@@ -32,10 +34,11 @@ _PROOF = object()
 class AuthenticatedDevice:
     """A device or trend store that proved its identity in this very request. Only `Authority` makes one."""
 
-    def __init__(self, identity: Identity, proof: object) -> None:
+    def __init__(self, identity: Identity, keyid: str, proof: object) -> None:
         if proof is not _PROOF:
             raise TypeError("an AuthenticatedDevice comes from Authority.authenticate only")
         self.identity = identity
+        self.keyid = keyid
 
     @property
     def device(self) -> DeviceName:
@@ -59,7 +62,11 @@ def check_labels(labels: dict[str, str], field: str) -> dict[str, str]:
 
 
 class Authority:
-    """Issues and checks identities. `tuf_root` answers the current TUF root's text, empty without one."""
+    """Issues and checks identities. `tuf_root` answers the current TUF root's text, empty without one.
+
+    Certificates are for `lifetime` seconds; for `renewal_grace` seconds after that they are good for one
+    thing still, to be renewed.
+    """
 
     def __init__(
         self,
@@ -70,12 +77,14 @@ class Authority:
         desired_keys: list[str],
         tuf_root: Callable[[], str],
         lifetime: float = CERTIFICATE_LIFETIME,
+        renewal_grace: float = RENEWAL_GRACE,
     ) -> None:
         self._store = store
         self._clock = clock
         self._desired_keys = desired_keys
         self._tuf_root = tuf_root
         self._lifetime = lifetime
+        self._grace = renewal_grace
         self._key = load_or_create(folder / "keys" / "ca.pem")
         path = folder / "ca.pem"
         if not path.exists():
@@ -88,11 +97,21 @@ class Authority:
     # enrolment
 
     def create_token(
-        self, session: Session, *, sites: list[str], role: Role, labels: dict[str, str], ttl: float, who: str
+        self,
+        session: Session,
+        *,
+        sites: list[str],
+        role: Role,
+        labels: dict[str, str],
+        ttl: float,
+        who: str,
+        needs_approval: bool = False,
     ) -> str:
         """A new single-use secret; only its hash is kept. Raises InvalidDocument, NotFound for a site."""
         if not sites or (role == "device" and len(sites) != 1):
             raise InvalidDocument("a device has exactly one site, a trend store at least one", field="sites")
+        if needs_approval and role != "device":
+            raise InvalidDocument("only devices are approved one by one", field="approval")
         for site in sites:
             resources.need(session, "Site", site)
         if not 0 < ttl <= MAX_TOKEN_TTL:
@@ -106,27 +125,39 @@ class Authority:
                 labels=check_labels(labels, "labels"),
                 created_by=who,
                 expires_at=self._clock.now() + ttl,
+                approval=needs_approval,
             )
         )
         return secret
 
-    def enroll(self, request: EnrollRequest, broker: str) -> EnrollResponse:
-        """Token -> certificate. The token dies only when this succeeds.
+    def enroll(self, request: EnrollRequest, broker: str) -> EnrollResponse | EnrollPending:
+        """Token -> certificate, or a request that waits for approval. The token dies only when this succeeds.
 
-        Raises Forbidden for a wrong, used or expired token, Conflict when the name is taken or no
-        TUF root exists, InvalidDocument or TrustError for a bad name, label or request.
+        Raises Forbidden for a wrong, used or expired token and a denied request, Conflict when the name is
+        taken or no TUF root exists, InvalidDocument or TrustError for a bad name, label or request.
         """
         name = check_name(request.name, "name")
         public = certificates.csr_public_key(request.csr)
         now = self._clock.now()
+        digest = sha256_hex(request.token.encode())
         with self._store.writing() as session:
-            token = records.consume_token(session, sha256_hex(request.token.encode()), name, now)
+            asked = approval.answered(session, digest, name, _key_digest(public), now)
+            if asked is not None and asked.state == approval.PENDING:
+                return approval.pending(asked)
+            if asked is None:
+                token = records.consume_token(session, digest, name, now)
+            else:
+                token = records.enrollment_token(session, digest)
             if token is None:
                 raise Forbidden(
                     "the enrolment token is wrong, used or expired",
                     hint="make a new one: `edgeward token create --site SITE`",
                 )
             role: Role = "store" if token.role == "store" else "device"
+            if asked is None and approval.required(session, token):
+                self._check_name_free(session, name, role, public, now)
+                labels = {**check_labels(request.labels, "labels"), **token.labels}
+                return approval.pending(approval.ask(session, token, name, _key_digest(public), labels, now))
             identity: Identity
             if role == "device":
                 self._admit_device(session, request, token, public, now)
@@ -135,7 +166,7 @@ class Authority:
                 self._check_name_free(session, name, role, public, now)
                 identity = StoreIdentity(name, frozenset(token.sites))
             records.audit(session, now, f"{role} {name}", "enroll", role.capitalize(), name,
-                          f"token of {token.created_by}")  # fmt: skip
+                          _by(token, asked))  # fmt: skip
             return self._certify(session, identity, role, public, broker, now)
 
     def _admit_device(
@@ -214,27 +245,49 @@ class Authority:
         )
 
     def renew(self, who: AuthenticatedDevice, csr: str, broker: str) -> EnrollResponse:
-        """A new certificate for the same identity, for the same key or a new one."""
+        """A new certificate for the same identity, for the same key or a new one.
+
+        Once the old certificate has ended, for the same key only, and only when no other key has come after
+        it. Raises TrustError.
+        """
         public = certificates.csr_public_key(csr)
         role: Role = "device" if isinstance(who.identity, DeviceIdentity) else "store"
         now = self._clock.now()
         with self._store.writing() as session:
+            old = records.certificate(session, who.keyid)
+            if old is not None and old.expires_at < now:
+                later = [
+                    row for row in records.certificates_of(session, old.name) if row.issued_at > old.issued_at
+                ]
+                if any(
+                    key != old.key_digest for key in (_key_digest(public), *(row.key_digest for row in later))
+                ):
+                    raise TrustError("a certificate that has ended is renewed for its own key only")
+                records.audit(session, now, str(who.identity), "renew", role.capitalize(), old.name,
+                              f"ended {(now - old.expires_at) / 86400:.1f} days ago")  # fmt: skip
             return self._certify(session, who.identity, role, public, broker, now)
 
     # who is it?
 
     def authenticate(self, token: str) -> AuthenticatedDevice:
         """The sender of a device token. Raises TrustError, Forbidden when it is on the deny-list."""
+        return self._authenticate(token, 0.0)
+
+    def authenticate_renewal(self, token: str) -> AuthenticatedDevice:
+        """Like `authenticate`, but the certificate may have ended within the grace: for `renew` alone."""
+        return self._authenticate(token, self._grace)
+
+    def _authenticate(self, token: str, grace: float) -> AuthenticatedDevice:
         keyid = tokens.keyid_of(token)
         der = self.certificate(keyid)
         if der is None:
             raise TrustError("the device token names a key that this controller never certified")
         certificate = certificates.load_certificate_der(der)
         now = self._clock.now()
-        identity = self.anchor.verify(certificate, now)
+        identity = self.anchor.verify(certificate, now, grace=grace)
         tokens.verify(token, certificate, now)
         self.check_permitted(identity, keyid)
-        return AuthenticatedDevice(identity, _PROOF)
+        return AuthenticatedDevice(identity, keyid, _PROOF)
 
     def certificate(self, keyid: str) -> bytes | None:
         """A certificate (DER) issued here."""
@@ -264,6 +317,11 @@ class Authority:
                 )
         if refused:
             raise Forbidden(f"{identity} is revoked")
+
+
+def _by(token: EnrollmentTokenRow, request: EnrollmentRequestRow | None) -> str:
+    approved = f", approved by {request.decided_by}" if request else ""
+    return f"token of {token.created_by}{approved}"
 
 
 def _key_digest(public: PublicKey) -> str:

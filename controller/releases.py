@@ -33,6 +33,7 @@ from edgeward.formats import check_model_file
 from edgeward.storage import sha256_hex, write_atomic
 from edgeward.trust.keys import load_or_create
 from edgeward.wire.package import GoldenVectors, Manifest, decode_manifest, parse_target_path, target_path
+from edgeward.wire.signed_time import TUF_FIELD
 
 TIMESTAMP_LIFETIME = 86400.0
 SNAPSHOT_LIFETIME = 7 * 86400.0
@@ -224,7 +225,10 @@ class Releases:
 
     def _write_timestamp(self, snapshot_version: int, version: int) -> None:
         timestamp = Timestamp(
-            version=version, expires=self._time(TIMESTAMP_LIFETIME), snapshot_meta=MetaFile(snapshot_version)
+            version=version,
+            expires=self._time(TIMESTAMP_LIFETIME),
+            snapshot_meta=MetaFile(snapshot_version),
+            unrecognized_fields={TUF_FIELD: int(self._clock.now())},
         )
         self._sign(timestamp, "timestamp.json")
 

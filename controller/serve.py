@@ -71,6 +71,7 @@ def serve(
     broker_port_311: int | None,
     database: str,
     downloads: Limits,
+    renewal_grace: float,
 ) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
@@ -89,6 +90,7 @@ def serve(
             database,
             broker_on_this_host=embedded is not None and host in ("0.0.0.0", "::"),
             downloads=downloads,
+            renewal_grace=renewal_grace,
         )
         controller = Controller(settings)
         stack.callback(controller.stop)

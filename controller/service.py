@@ -16,7 +16,7 @@ from sqlmodel import Session
 from controller.changes import Changes
 from controller.deltas import Deltas
 from controller.downloads import Limits
-from controller.identity import Authority
+from controller.identity import RENEWAL_GRACE, Authority
 from controller.ingest import Ingest
 from controller.reconcile import Reconciler
 from controller.registry import Artifacts
@@ -36,6 +36,9 @@ from edgeward.wire.denied import PAYLOAD_TYPE, Denied
 from edgeward.wire.denied import encode as encode_denied
 from edgeward.wire.package import Manifest, decode_manifest
 from edgeward.wire.resources import model_version_name
+from edgeward.wire.signed_time import PAYLOAD_TYPE as TIME_TYPE
+from edgeward.wire.signed_time import SignedTime, check_nonce
+from edgeward.wire.signed_time import encode as encode_time
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Settings:
 
     With `broker_on_this_host` they are told the host name by which they reached the controller.
     `downloads` limits who fetches artifacts.
+    `renewal_grace`: see `controller.identity.Authority`, in seconds.
     """
 
     data: Path
@@ -55,6 +59,7 @@ class Settings:
     database: str = ""
     broker_on_this_host: bool = False
     downloads: Limits = field(default_factory=Limits)
+    renewal_grace: float = RENEWAL_GRACE
 
 
 class Controller:
@@ -81,6 +86,7 @@ class Controller:
             self.clock,
             desired_keys=self.desired_keys,
             tuf_root=self.releases.root_text,
+            renewal_grace=settings.renewal_grace,
         )
         self.reconciler = Reconciler(
             self.store, self.releases, self._desired_key, self.clock, self.changes, self._publish_retained
@@ -136,6 +142,11 @@ class Controller:
         """The deny-list of now, for those who check signatures without asking here each time."""
         denied = Denied(self.clock.now(), self.authority.denied())
         return dsse.sign(encode_denied(denied), PAYLOAD_TYPE, self._desired_key)
+
+    def signed_time(self, nonce: str) -> bytes:
+        """What time it is, for whoever asked with `nonce`. Raises InvalidDocument."""
+        now = SignedTime(check_nonce(nonce), self.clock.now())
+        return dsse.sign(encode_time(now), TIME_TYPE, self._desired_key)
 
     # tokens
 

@@ -51,3 +51,7 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         self._now += seconds
         self._monotonic += max(0.0, seconds)
+
+    def set_wall(self, at: float) -> None:
+        """Let the wall clock jump, as a dead battery, a wrong hand or NTP does; monotonic time stays."""
+        self._now = at

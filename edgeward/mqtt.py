@@ -20,6 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edgeward.errors import InvalidDocument
+from edgeward.trust.tls import PeerTime, client_context
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Broker:
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
+    peer_time: PeerTime | None = None
 
     def endpoint(self) -> tuple[str, int, bool]:
         """Host, port and whether to use TLS. Raises InvalidDocument."""
@@ -46,6 +48,12 @@ class Broker:
             )
         tls = parts.scheme == "mqtts"
         return parts.hostname, port or (8883 if tls else 1883), tls
+
+    def context(self) -> ssl.SSLContext:
+        """Which brokers to trust: those of `ca_file`, by default those of the system's CAs."""
+        if self.peer_time is not None:
+            return client_context(self.peer_time, ca_file=self.ca_file)
+        return ssl.create_default_context(cafile=str(self.ca_file) if self.ca_file else None)
 
 
 @dataclass(frozen=True)
@@ -136,9 +144,7 @@ class Link:
         """Begin to connect; returns at once. Raises InvalidDocument for an impossible address."""
         host, port, tls = self._broker.endpoint()
         if tls:
-            context = ssl.create_default_context(
-                cafile=str(self._broker.ca_file) if self._broker.ca_file else None
-            )
+            context = self._broker.context()
             if self._broker.certificate_file and self._broker.key_file:
                 context.load_cert_chain(self._broker.certificate_file, self._broker.key_file)
             self._client.tls_set_context(context)

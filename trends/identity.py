@@ -27,7 +27,7 @@ from edgeward.trust.certificates import (
 )
 from edgeward.trust.keys import SigningIdentity, load_or_create
 from edgeward.wire.denied import PAYLOAD_TYPE, Denied
-from edgeward.wire.enrollment import EnrollRequest, EnrollResponse, RenewRequest
+from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def enroll(folder: Path, url: str, token: str, name: str) -> EnrollResponse:
     key = load_or_create(folder / _KEY)
     with ControllerClient(url) as client:
         answer = client.enroll(EnrollRequest(token, name, make_csr(key, name)))
-    if answer.role != "store":
+    if isinstance(answer, EnrollPending) or answer.role != "store":
         raise UsageError("this token is for a device", hint="edgeward token create --role store --site SITE")
     write_atomic(folder / _URL, url.encode())
     _keep(folder, answer)
@@ -80,7 +80,9 @@ class Identity:
         self._key = load_or_create(folder / _KEY)
         self.enrollment = read_enrollment(folder)
         self.anchor = TrustAnchor(self.enrollment.trust.ca)
-        self.store = self._check(self.enrollment.certificate)
+        # One that has ended meanwhile is as good: `keep_fresh` renews it.
+        begins = load_certificate_pem(self.enrollment.certificate).not_valid_before_utc.timestamp()
+        self.store = self._check(self.enrollment.certificate, begins)
         self.signer = self._signer(self.enrollment.certificate)
         self._denied = self._read_denied()
 
@@ -124,8 +126,8 @@ class Identity:
         finally:
             transport.close()
 
-    def _check(self, pem: str) -> StoreIdentity:
-        found = self.anchor.verify(load_certificate_pem(pem), self._clock.now())
+    def _check(self, pem: str, now: float) -> StoreIdentity:
+        found = self.anchor.verify(load_certificate_pem(pem), now)
         if not isinstance(found, StoreIdentity):
             raise TrustError(f"{self._folder} holds the identity of {found}, not of a trend store")
         return found
@@ -139,7 +141,7 @@ class Identity:
             return False
         with self._client() as client:
             answer = client.renew(RenewRequest(make_csr(self._key, self.store.name)))
-        if self._check(answer.certificate) != self.store:
+        if self._check(answer.certificate, self._clock.now()) != self.store:
             raise TrustError("the renewed certificate is somebody else's")
         _keep(self._folder, answer)
         self.enrollment = answer

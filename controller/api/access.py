@@ -163,18 +163,28 @@ Releaser = Annotated[Person, Depends(needs("release"))]
 Admin = Annotated[Person, Depends(needs("administer"))]
 
 
-def device_of(request: Request, controller: Service) -> AuthenticatedDevice:
-    """The device or trend store asking. Raises Unauthenticated, Forbidden when revoked."""
+def _sender(request: Request, authenticate: Callable[[str], AuthenticatedDevice]) -> AuthenticatedDevice:
     token = bearer(request)
     if not token:
         raise Unauthenticated("no device token was given")
     try:
-        return controller.authority.authenticate(token)
+        return authenticate(token)
     except TrustError as error:
         raise Unauthenticated(error.message) from None
 
 
+def device_of(request: Request, controller: Service) -> AuthenticatedDevice:
+    """The device or trend store asking. Raises Unauthenticated, Forbidden when revoked."""
+    return _sender(request, controller.authority.authenticate)
+
+
+def renewing_device(request: Request, controller: Service) -> AuthenticatedDevice:
+    """The same, whose certificate may have ended not too long ago."""
+    return _sender(request, controller.authority.authenticate_renewal)
+
+
 Device = Annotated[AuthenticatedDevice, Depends(device_of)]
+RenewingDevice = Annotated[AuthenticatedDevice, Depends(renewing_device)]
 
 
 def device_or_reader(request: Request, controller: Service) -> str:

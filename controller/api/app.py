@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 import edgeward
-from controller.api import artifacts, connection, device, people, releases
+from controller.api import artifacts, connection, device, enrollment, people, releases
 from controller.api.access import Service, Throttle, TooManyAttempts, Unauthenticated, answer
 from controller.downloads import Downloads
 from controller.service import Controller
@@ -105,7 +105,7 @@ def build(controller: Controller, *, static: Path = STATIC) -> FastAPI:
             {"status": "ok", "version": edgeward.__version__, "brokerConnected": controller.link.connected}
         )
 
-    for router in (releases.router, artifacts.router, device.router, people.router):
+    for router in (releases.router, artifacts.router, device.router, enrollment.router, people.router):
         app.include_router(router)
     if (static / "index.html").is_file():
         app.mount("/", StaticFiles(directory=static, html=True))

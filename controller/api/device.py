@@ -9,13 +9,21 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from controller.api.access import Device, Service, SmallBody, answer, body_of, decode
+from controller.api.access import (
+    Device,
+    RenewingDevice,
+    Service,
+    SmallBody,
+    answer,
+    body_of,
+    decode,
+)
 from controller.ingest import MAX_MESSAGE_BYTES
 from controller.service import Controller
 from controller.store import records
 from edgeward.errors import Forbidden, InvalidDocument, TrustError
 from edgeward.wire import topics
-from edgeward.wire.enrollment import EnrollRequest, RenewRequest
+from edgeward.wire.enrollment import EnrollPending, EnrollRequest, RenewRequest
 
 router = APIRouter()
 
@@ -36,15 +44,15 @@ def enroll(request: Request, controller: Service, body: SmallBody) -> Response:
         request.app.state.throttle.failed(address, now)
         raise
     controller.changes.bump()
-    return answer(made, 201)
+    return answer(made, 202 if isinstance(made, EnrollPending) else 201)
 
 
 @router.post("/device/v1/renew")
-def renew(request: Request, controller: Service, who: Device, body: SmallBody) -> Response:
+def renew(request: Request, controller: Service, who: RenewingDevice, body: SmallBody) -> Response:
+    """Also for a while after the certificate has ended: a device that was offline needs nobody on site."""
     wish = decode(body, RenewRequest)
-    return answer(
-        controller.authority.renew(who, wish.csr, controller.broker_for(request.url.hostname or ""))
-    )
+    broker = controller.broker_for(request.url.hostname or "")
+    return answer(controller.authority.renew(who, wish.csr, broker))
 
 
 @router.get("/device/v1/desired")
@@ -77,6 +85,12 @@ def _newest(controller: Controller, device: str, newer_than: int) -> bytes | Non
     with controller.store.reading() as session:
         row = records.desired(session, device)
         return row.envelope if row is not None and row.content and row.generation > newer_than else None
+
+
+@router.get("/device/v1/time")
+def signed_time(controller: Service, nonce: str = "") -> Response:
+    """What time it is, signed over the caller's nonce. Open to all: a wrong clock mints no valid token."""
+    return Response(controller.signed_time(nonce), media_type="application/json")
 
 
 @router.get("/device/v1/denied")

@@ -55,6 +55,7 @@ class _TokenWish(Struct, forbid_unknown_fields=True):
     role: Role = "device"
     ttl: float = 3600.0
     labels: dict[str, str] = {}
+    approval: Literal["automatic", "required"] = "automatic"
 
 
 class _ApiTokenWish(Struct, forbid_unknown_fields=True):
@@ -159,7 +160,13 @@ def create_enrollment_token(controller: Service, person: Operator, body: SmallBo
     wish = decode(body, _TokenWish)
     with controller.store.writing() as session:
         token = controller.authority.create_token(
-            session, sites=wish.sites, role=wish.role, labels=wish.labels, ttl=wish.ttl, who=person.name
+            session,
+            sites=wish.sites,
+            role=wish.role,
+            labels=wish.labels,
+            ttl=wish.ttl,
+            who=person.name,
+            needs_approval=wish.approval == "required",
         )
         detail = f"{wish.role} for {', '.join(wish.sites)}"
         records.audit(session, controller.clock.now(), person.name, "create", "EnrollmentToken", "", detail)

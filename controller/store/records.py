@@ -74,6 +74,10 @@ def consume_token(session: Session, digest: str, name: str, now: float) -> Enrol
     return session.get(EnrollmentTokenRow, digest) if done.rowcount == 1 else None
 
 
+def enrollment_token(session: Session, digest: str) -> EnrollmentTokenRow | None:
+    return session.get(EnrollmentTokenRow, digest)
+
+
 def api_token(session: Session, digest: str) -> ApiTokenRow | None:
     return session.get(ApiTokenRow, digest)
 

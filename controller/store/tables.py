@@ -66,6 +66,23 @@ class EnrollmentTokenRow(SQLModel, table=True):
     expires_at: float
     used_at: float | None = None
     used_by: str = ""
+    approval: bool = False
+
+
+class EnrollmentRequestRow(SQLModel, table=True):
+    """A device that waits for a person. `state`: pending, approved or denied; `key_digest` as for certificates."""
+
+    __tablename__ = "enrollment_request"
+
+    token_digest: str = Field(primary_key=True)
+    name: str = Field(index=True)
+    site: str
+    key_digest: str
+    labels: dict[str, str] = _json()
+    state: str
+    created_at: float
+    expires_at: float
+    decided_by: str = ""
 
 
 class ApiTokenRow(SQLModel, table=True):

@@ -188,12 +188,16 @@ def token_create(
     role: Annotated[Literal["device", "store"], typer.Option(help="Whose token it is.")] = "device",
     ttl: Annotated[float, typer.Option(help="Seconds the token is valid.")] = 3600.0,
     label: Annotated[str, typer.Option(help="Labels the device gets, as key=value,key=value.")] = "",
+    approval: Annotated[
+        bool, typer.Option("--approval", help="The device waits until `edgeward device approve`.")
+    ] = False,
     url: Annotated[str | None, Url] = None,
     token_file: Annotated[Path | None, TokenFile] = None,
 ) -> None:
     """Print a single-use enrolment token. Example: `edgeward token create --site north > token`"""
     with connect(url, token_file) as client:
-        print(client.create_enrollment_token(site, role=role, ttl=ttl, labels=parse_labels(label)))
+        labels = parse_labels(label)
+        print(client.create_enrollment_token(site, role=role, ttl=ttl, labels=labels, approval=approval))
 
 
 def parse_labels(text: str) -> dict[str, str]:
@@ -207,7 +211,7 @@ def parse_labels(text: str) -> dict[str, str]:
     return labels
 
 
-def _age(seconds: float) -> str:
+def age_of(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{int(seconds // size)}{unit}"
@@ -233,7 +237,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
     now = clock.now()
     for item in items:
         metadata, spec, status = item["metadata"], item["spec"], item.get("status", {})
-        age = _age(now - metadata.get("creationTimestamp", now))
+        age = age_of(now - metadata.get("creationTimestamp", now))
         name = metadata["name"]
         match kind:
             case "Device":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from edgeward.client.transport import Transport
 from edgeward.errors import InvalidDocument, NotFound
 from edgeward.storage import sha256_file
-from edgeward.wire.enrollment import EnrollRequest, EnrollResponse, RenewRequest
+from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
 from edgeward.wire.resources import Resource, kind_of
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 20
 
@@ -106,15 +108,34 @@ class ControllerClient:
         role: str = "device",
         ttl: float = 3600.0,
         labels: dict[str, str] | None = None,
+        approval: bool = False,
     ) -> str:
-        """A single-use secret; it is shown this once and kept only as a hash."""
+        """A single-use secret; it is shown this once and kept only as a hash.
+
+        With `approval` the device that uses it waits until a person approves it.
+        """
         body = {"sites": sites, "role": role, "ttl": ttl, "labels": labels or {}}
+        if approval:
+            body["approval"] = "required"
         token: str = self._json("POST", "/api/v1/enrollmenttokens", json=body)["token"]
         return token
 
-    def enroll(self, request: EnrollRequest) -> EnrollResponse:
+    def enroll(self, request: EnrollRequest) -> EnrollResponse | EnrollPending:
+        """EnrollPending while a person must approve; then the same request is to be made again."""
         answer = self._http.request("POST", "/enroll/v1", json=msgspec.to_builtins(request))
+        if answer.status_code == 202:
+            return _decode(answer.content, EnrollPending)
         return _decode(answer.content, EnrollResponse)
+
+    def enrollment_requests(self) -> list[dict[str, Any]]:
+        """Devices that wait for approval: `[{name, site, fingerprint, labels, createdAt, expiresAt}]`."""
+        items: list[dict[str, Any]] = self._json("GET", "/api/v1/enrollmentrequests")["items"]
+        return items
+
+    def decide_enrollment(self, name: str, decision: str, fingerprint: str) -> None:
+        """`decision` is approve or deny; `fingerprint` that of the key which the person saw."""
+        path = f"/api/v1/enrollmentrequests/{name}/{decision}"
+        self._http.request("POST", path, json={"fingerprint": fingerprint})
 
     # releases
 
@@ -172,7 +193,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _decode(data: bytes, type_: type[EnrollResponse]) -> EnrollResponse:
+def _decode(data: bytes, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.DecodeError as error:
@@ -199,6 +220,10 @@ class DeviceClient:
         """Hand a signed envelope to the controller where MQTT is blocked."""
         headers = {"Content-Type": "application/octet-stream", "Edgeward-Topic": topic}
         self.http.request("POST", "/device/v1/messages", content=envelope, headers=headers)
+
+    def time(self, nonce: str) -> bytes:
+        """The controller's signed time (DSSE over `edgeward.wire.signed_time.SignedTime`)."""
+        return self.http.request("GET", "/device/v1/time", params={"nonce": nonce}, anonymous=True).content
 
     def denied(self) -> bytes:
         """The signed deny-list (DSSE)."""

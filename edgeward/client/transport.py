@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
@@ -19,6 +20,7 @@ from edgeward.errors import (
     NotFound,
     Unavailable,
 )
+from edgeward.trust.tls import PeerTime, client_context
 
 _BY_STATUS: dict[int, type[EdgewardError]] = {
     401: Forbidden,
@@ -62,7 +64,9 @@ class Transport:
         timeout: float = 15.0,
         ca_file: Path | None = None,
         credential_source: str = "",
+        peer_time: PeerTime | None = None,
     ) -> None:
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong."""
         if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
@@ -71,7 +75,7 @@ class Transport:
         self._credential = credential
         self._credential_source = credential_source
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-        self._verify: str | bool = str(ca_file) if ca_file else True
+        self._verify = _context(self.base_url, ca_file, peer_time)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:
@@ -82,9 +86,9 @@ class Transport:
     def close(self) -> None:
         self._client.close()
 
-    def _headers(self, extra: dict[str, str] | None) -> dict[str, str]:
+    def _headers(self, extra: dict[str, str] | None, anonymous: bool = False) -> dict[str, str]:
         headers = dict(extra or {})
-        if self._credential is not None:
+        if self._credential is not None and not anonymous:
             headers["Authorization"] = f"Bearer {self._credential()}"
         return headers
 
@@ -108,8 +112,12 @@ class Transport:
         params: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
+        anonymous: bool = False,
     ) -> httpx.Response:
-        """Raises the EdgewardError that the answer's status stands for, Unavailable when there is none."""
+        """Send one request, `anonymous` without the credential.
+
+        Raises the EdgewardError that the answer's status stands for, Unavailable when there is none.
+        """
         with self._translated(path):
             response = self._client.request(
                 method,
@@ -117,7 +125,7 @@ class Transport:
                 json=json,
                 content=content,
                 params=params,
-                headers=self._headers(headers),
+                headers=self._headers(headers, anonymous),
                 timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout,
             )
         if response.status_code >= 400:
@@ -192,6 +200,15 @@ def _beginning(response: httpx.Response) -> bytes:
         if len(body) > _ERROR_BYTES or count > _ERROR_PIECES:
             break
     return bytes(body[:_ERROR_BYTES])
+
+
+def _context(url: str, ca_file: Path | None, peer_time: PeerTime | None) -> ssl.SSLContext:
+    if url.startswith("http:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody; the usual roots are a megabyte
+    usual = httpx.create_ssl_context(trust_env=False)
+    if peer_time is not None:
+        return client_context(peer_time, ca_file=ca_file, roots=usual.get_ca_certs(binary_form=True))
+    return ssl.create_default_context(cafile=str(ca_file)) if ca_file else usual
 
 
 def _is_address(text: str) -> bool:

@@ -113,8 +113,11 @@ class TrustAnchor:
         self._ca = load_certificate_pem(ca_pem)
         self._known: dict[bytes, Identity] = {}
 
-    def verify(self, certificate: x509.Certificate, now: float) -> Identity:
-        """Raises TrustError unless the CA issued `certificate` and it is valid at `now` (seconds since 1970)."""
+    def verify(self, certificate: x509.Certificate, now: float, *, grace: float = 0.0) -> Identity:
+        """Whose it is. Raises TrustError unless the CA issued `certificate` and it is valid at `now`.
+
+        `now` is seconds since 1970; `grace` is for how many more seconds one that has ended still counts.
+        """
         der = to_der(certificate)
         identity = self._known.get(der)
         if identity is None:
@@ -126,7 +129,7 @@ class TrustAnchor:
             if len(self._known) > 20_000:
                 self._known.clear()
             self._known[der] = identity
-        if now > certificate.not_valid_after_utc.timestamp() + _SKEW:
+        if now > certificate.not_valid_after_utc.timestamp() + _SKEW + grace:
             raise TrustError(
                 f"the certificate of {identity} expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%MZ}"
             )

@@ -30,6 +30,18 @@ class TrustBundle(Struct, frozen=True):
     tuf_root: str = ""
 
 
+class EnrollPending(Struct, frozen=True, rename="camel"):
+    """202: a person must approve first. Ask again with the same token, name and key.
+
+    `fingerprint` is the SHA-256 of the device's public key (DER), for comparing with what the person sees.
+    """
+
+    name: str
+    site: str
+    fingerprint: str
+    retry_after: float
+
+
 class EnrollResponse(Struct, frozen=True):
     name: str
     role: Role

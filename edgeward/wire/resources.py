@@ -46,7 +46,10 @@ class Residency(SpecStruct, frozen=True):
 
 
 class SiteSpec(SpecStruct, frozen=True):
+    """With `approval: required` a person approves each device that enrols here."""
+
     description: str = ""
+    approval: Literal["automatic", "required"] = "automatic"
     residency: Residency = Residency()
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from agent.desired import check
 from agent.state import SlotRecord, State
+from agent.trusted_clock import TrustedClock
 from agent.uplink import BATCH_ROWS, RESEND_AFTER, WINDOW_ROWS, Sending, Uplink, plan
 from edgeward.clock import ManualClock
 from edgeward.errors import TrustError
@@ -210,8 +211,9 @@ def test_only_the_sites_own_store_can_delete_rows(state: State) -> None:
 # --- desired state --------------------------------------------------------------------------------
 
 
-def test_desired_state_is_applied_only_when_genuine_newer_mine_and_fresh() -> None:
-    now = ManualClock().now()
+def test_desired_state_is_applied_only_when_genuine_newer_mine_and_fresh(state: State) -> None:
+    clock = TrustedClock(ManualClock(), state)
+    now = clock.now()
     key, thief = keys.generate_key(), keys.generate_key()
     trusted = [keys.public_pem(key.public_key())]
 
@@ -221,9 +223,9 @@ def test_desired_state_is_applied_only_when_genuine_newer_mine_and_fresh() -> No
         desired = DesiredState("north", device, generation, now, now + expires, {}, [])
         return dsse.sign(encode_desired(desired), PAYLOAD_TYPE, by)
 
-    accepted = check(signed(), trusted, ME, 4, now)
+    accepted = check(signed(), trusted, ME, 4, clock)
     assert accepted is not None and accepted.generation == 5
-    assert check(signed(), trusted, ME, 5, now) is None, "the one accepted already"
+    assert check(signed(), trusted, ME, 5, clock) is None, "the one accepted already"
     for raw, says in [
         (signed(generation=3), "older"),
         (signed(device="turbine-2"), "is for north/turbine-2"),
@@ -232,4 +234,4 @@ def test_desired_state_is_applied_only_when_genuine_newer_mine_and_fresh() -> No
         (signed()[:-10], "not a DSSE"),
     ]:
         with pytest.raises(TrustError, match=says):
-            check(raw, trusted, ME, 4, now)
+            check(raw, trusted, ME, 4, clock)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import lifecycle
-from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, Verdict, step, wish
+from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, Verdict, due, step, wish
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase
@@ -71,6 +71,16 @@ def test_a_peer_that_says_when_to_come_again_is_left_alone_until_then() -> None:
     assert step(replace(state, failures=5), Event.UNAVAILABLE, 10.0, asked=7.0).retry_at == 42.0
     assert step(state, Event.UNAVAILABLE, 10.0, asked=1e9).retry_at == 10.0 + lifecycle.ASKED_MAX
     assert step(state, Event.FETCHED, 10.0, asked=7.0).retry_at == 0.0
+    long = step(replace(state, phase=Phase.DOWNLOADING), Event.UNAVAILABLE, 10.0, asked=3000.0)
+    assert not due(long, 20.0), "it is not taken for a wrong clock's"
+
+
+def test_a_wait_that_a_wrong_clock_set_is_not_waited_out() -> None:
+    ten_years = 10 * 365 * 86400.0
+    pending = step(SlotState(ONE, phase=Phase.DOWNLOADING, failures=3), Event.UNAVAILABLE, ten_years)
+    assert not due(pending, ten_years) and due(pending, pending.retry_at)
+    assert due(pending, 5.0), "the clock has been put right"
+    assert not due(SlotState(ONE, phase=Phase.ACTIVE), ten_years)
 
 
 def test_weeks_without_a_network_are_waited_out() -> None:

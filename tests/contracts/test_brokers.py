@@ -19,6 +19,7 @@ from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link, Message, Will
 from edgeward.trust import certificates, keys
 from edgeward.trust.certificates import DeviceIdentity, Identity, StoreIdentity
+from edgeward.trust.tls import PeerTime
 from edgeward.wire import topics
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -231,3 +232,42 @@ def test_mutual_tls_and_acl_pin_a_device_to_its_own_root(
     request.addfinalizer(stranger.stop)
     wait_for(lambda: "peer did not return a certificate" in broker._log.read_text(), "the refusal")
     assert not stranger.connected
+
+
+@pytest.mark.mosquitto
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed (apt-get install mosquitto)")
+def test_a_machine_with_a_wrong_clock_reaches_a_broker_over_tls(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The broker's certificate is of ten years ahead, as it looks from a machine that is ten years behind."""
+    then = SystemClock().now() + 10 * 365 * 86400.0
+    ca_key, key = keys.generate_key(), keys.generate_key()
+    ca = certificates.make_ca(ca_key, then)
+    server = certificates.issue_server(ca, ca_key, key.public_key(), ["127.0.0.1"], then, lifetime=3600)
+    (tmp_path / "ca.pem").write_text(certificates.to_pem(ca))
+    (tmp_path / "server.pem").write_text(certificates.to_pem(server))
+    (tmp_path / "server.key").write_bytes(keys.private_pem(key))
+    settings = f"allow_anonymous true\ncertfile {tmp_path}/server.pem\nkeyfile {tmp_path}/server.key\n"
+    broker = Mosquitto(tmp_path, settings, scheme="mqtts")
+    broker.start()
+    request.addfinalizer(broker.stop)
+    known = [then + 7200]
+    times = {
+        "usual": None,
+        "knows better": PeerTime(lambda: then + 60),
+        "knows worse": PeerTime(lambda: known[0]),
+    }
+    links = {}
+    for name, peer_time in times.items():
+        links[name] = Link(
+            Broker(broker.url, tmp_path / "ca.pem", peer_time=peer_time), name.replace(" ", "-")
+        )
+        links[name].start()
+        request.addfinalizer(links[name].stop)
+    wait_for(lambda: links["knows better"].connected, "the one that knows better")
+    # OpenSSL's alert of the usual one, and the other's end right after a handshake that was fine for it.
+    wait_for(lambda: "bad certificate" in broker._log.read_text(), "the refusal")
+    assert not links["usual"].connected and not links["knows worse"].connected
+    known[0] = then + 60
+    wait_for(lambda: links["knows worse"].connected, "the other, which has learned the time")
+    assert not links["usual"].connected

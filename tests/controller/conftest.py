@@ -19,12 +19,13 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
 from controller.api.app import build
 from controller.downloads import Downloads, Limits
+from controller.identity import RENEWAL_GRACE
 from controller.service import Controller, Settings
 from edgeward.broker import EmbeddedBroker, free_port
 from edgeward.client import ControllerClient
 from edgeward.client.controller import DeviceClient
 from edgeward.client.transport import Transport
-from edgeward.clock import SystemClock
+from edgeward.clock import Clock, SystemClock
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link
 from edgeward.storage import sha256_hex
@@ -248,12 +249,16 @@ def running(
     broker: EmbeddedBroker | None = None,
     database: str = "",
     downloads: Limits | None = None,
+    clock: Clock | None = None,
+    renewal_grace: float = RENEWAL_GRACE,
     **options: Any,
 ) -> Iterator[Plant]:
     """`options` go to uvicorn; with a certificate it serves TLS, which `plant.client` does not speak then."""
     address = broker.url if broker else f"mqtt://127.0.0.1:{free_port()}"
-    settings = Settings(folder / "data", address, database, downloads=downloads or Limits())
-    controller = Controller(settings, SystemClock())
+    settings = Settings(
+        folder / "data", address, database, downloads=downloads or Limits(), renewal_grace=renewal_grace
+    )
+    controller = Controller(settings, clock or SystemClock())
     port = free_port()
     application = build(controller)
     config = uvicorn.Config(

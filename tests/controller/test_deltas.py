@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from agent.fetch import BlobStore
+from agent.state import State
+from agent.trusted_clock import TrustedClock
 from agent.verify import Verifier
 from controller.deltas import QUEUE, Deltas, Kept
 from controller.registry import Artifacts
@@ -116,7 +118,9 @@ def test_an_agent_makes_the_next_version_of_the_last_one(plant: Any, package: An
     transport = Counted(plant.url, credential=lambda: tokens.mint(device.identity, clock.now()))
     blobs = BlobStore(tmp_path / "agent" / "blobs")
     root = plant.client.trust()["tufRoot"].encode()
-    verifier = Verifier(tmp_path / "agent" / "tuf", root, blobs, transport, clock)
+    verifier = Verifier(
+        tmp_path / "agent" / "tuf", root, blobs, transport, TrustedClock(clock, State(tmp_path / "state.db"))
+    )
     for index, ref in enumerate(refs):
         manifest = verifier.fetch_manifest(ref)
         verifier.fetch_blobs(manifest, manifest.variants[0], earlier=refs[:index])

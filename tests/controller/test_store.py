@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import alembic.command
+import alembic.config
 import pytest
 import sqlalchemy
 from sqlmodel import SQLModel
 
 from controller.store import records, resources
-from controller.store.database import Store
+from controller.store.database import _MIGRATIONS, Store
 from controller.store.tables import ApiTokenRow, EnrollmentTokenRow
 from edgeward.broker import free_port
 from edgeward.errors import Conflict, NotFound, Unavailable, UsageError
@@ -115,6 +117,26 @@ def test_the_migrations_make_the_declared_tables_and_run_once(store: Store, url:
     insert(store)
     again = Store(url)
     assert read(again)["spec"] == {"x": 1}
+    again.close()
+
+
+def test_a_database_of_the_first_version_is_taken_over(store: Store, url: str) -> None:
+    """Back to it, a token made as that version did, and forward again."""
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    with store.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "0001")
+        connection.execute(
+            sqlalchemy.text(
+                "INSERT INTO enrollment_token (digest, role, sites, labels, created_by, expires_at, used_by)"
+                " VALUES ('d', 'device', '[\"north\"]', '{}', 'admin', 9e9, '')"
+            )
+        )
+    again = Store(url)
+    with again.reading() as session:
+        row = records.enrollment_token(session, "d")
+        assert row is not None and row.sites == ["north"] and row.approval is False
     again.close()
 
 

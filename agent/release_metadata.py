@@ -1,0 +1,69 @@
+"""The release metadata (TUF), judged by the trusted clock: see `agent/trusted_clock.py`.
+
+A refresh that fails says nothing about any release: an attacker on the link or a wrong clock can make it
+fail. So it is Unavailable, tried again, and never a reason to quarantine a model.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from tuf.api.exceptions import DownloadError, ExpiredMetadataError, RepositoryError
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Signed, Timestamp
+from tuf.ngclient import Updater, UpdaterConfig
+from tuf.ngclient.fetcher import FetcherInterface
+
+from agent.trusted_clock import LATEST, TrustedClock
+from edgeward.errors import Unavailable
+from edgeward.wire.signed_time import TUF_FIELD
+
+
+class MetadataExpired(Unavailable):
+    """The release metadata is signed, but for a time that is over."""
+
+
+def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, clock: TrustedClock) -> Updater:
+    """An updater with the newest metadata below `url`, none of it expired by all that is known of the time.
+
+    `root` is the root metadata trusted from the start, `folder` keeps what was accepted before. Raises
+    Unavailable when the metadata cannot be had, does not verify or is older than before, MetadataExpired
+    when its time is over.
+    """
+    try:
+        updater = Updater(str(folder), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
+        trusted = updater._trusted_set
+        # python-tuf has no argument for it; without the attribute it would go by the local clock.
+        if not hasattr(trusted, "reference_time"):
+            raise Unavailable("this python-tuf cannot be told the time", hint="install the locked version")
+        trusted.reference_time = _time(clock.now())
+        updater.refresh()
+        timestamp = trusted.timestamp
+        clock.learn(_signed_at(timestamp))
+        # The timestamp may have proven that it is later than `reference_time`.
+        for role in sorted(TOP_LEVEL_ROLE_NAMES):
+            _check(trusted[role], clock.now())
+    except DownloadError as error:
+        raise Unavailable(f"release metadata cannot be had: {error}") from None
+    except ExpiredMetadataError as error:
+        raise MetadataExpired(
+            f"the release metadata does not verify: {error} (it is {_time(clock.now()):%Y-%m-%dT%H:%MZ} here)",
+            hint="is this device's clock right, and does the controller renew its metadata?",
+        ) from None
+    except RepositoryError as error:
+        raise Unavailable(f"the release metadata does not verify: {error}") from None
+    return updater
+
+
+def _check(signed: Signed, now: float) -> None:
+    if signed.is_expired(_time(now)):
+        raise ExpiredMetadataError(f"{signed.type}.json is expired")
+
+
+def _signed_at(timestamp: Timestamp) -> float:
+    value = timestamp.unrecognized_fields.get(TUF_FIELD)
+    return float(value) if isinstance(value, int) and 0 <= value <= LATEST else 0.0
+
+
+def _time(at: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(min(max(at, 0.0), LATEST), datetime.UTC)
