@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
 from agent.fetch import BlobStore
+from agent.imports import Imports
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
@@ -62,17 +63,74 @@ class _Fetcher(FetcherInterface):
             raise DownloadError(str(error)) from None
 
 
+class _FileFetcher(FetcherInterface):
+    """TUF metadata that somebody brought: `read` gives a file of it by its name, None when it is not there."""
+
+    def __init__(self, read: Callable[[str], bytes | None]) -> None:
+        self._read = read
+
+    def _fetch(self, url: str) -> Any:
+        try:
+            data = self._read(url.rpartition("/")[2])
+        except OSError as error:
+            raise DownloadError(str(error)) from None
+        if data is None:
+            raise DownloadHTTPError(f"there is no {url.rpartition('/')[2]}", 404)
+        yield data
+
+
+class MetadataExpired(TrustError):
+    """The release metadata is signed, but for a time that is over."""
+
+
+def signed_length(folder: Path, root: bytes, read: Callable[[str], bytes | None], ref: ModelRef) -> int:
+    """Like Verifier.target_length, by metadata that `read` gives instead of the controller.
+
+    `folder` holds the metadata trusted so far and keeps what is trusted from now on.
+    """
+    return _signed_length(folder, root, "file:///tuf/", _FileFetcher(read), ref)
+
+
+def _signed_length(folder: Path, root: bytes, base: str, fetcher: FetcherInterface, ref: ModelRef) -> int:
+    try:
+        updater = Updater(str(folder), base, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
+        updater.refresh()
+        info = updater.get_targetinfo(target_path(ref.model, ref.version))
+    except DownloadError as error:
+        raise Unavailable(f"release metadata cannot be had: {error}") from None
+    except ExpiredMetadataError as error:
+        raise MetadataExpired(f"the release metadata has expired: {error}") from None
+    except RepositoryError as error:
+        raise TrustError(f"the release metadata does not verify: {error}") from None
+    if info is None:
+        raise TrustError(f"{ref.model} version {ref.version} is not released")
+    if info.hashes.get("sha256") != ref.digest:
+        raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
+    return int(info.length)
+
+
 class Verifier:
-    """Asks the release metadata for a version, and fetches what it signs."""
+    """Asks the release metadata for a version, and fetches what it signs.
+
+    Where the controller does not answer, `imports` may hold metadata and blobs that were brought by hand;
+    they are verified in the same way.
+    """
 
     def __init__(
-        self, folder: Path, root: bytes, blobs: BlobStore, transport: Transport, clock: Clock
+        self,
+        folder: Path,
+        root: bytes,
+        blobs: BlobStore,
+        transport: Transport,
+        clock: Clock,
+        imports: Imports | None = None,
     ) -> None:
         self._metadata = folder
         self._root = root
         self._blobs = blobs
         self._transport = transport
         self._clock = clock
+        self._imports = imports
         folder.mkdir(parents=True, exist_ok=True)
 
     def target_length(self, ref: ModelRef) -> int:
@@ -80,40 +138,40 @@ class Verifier:
 
         Raises TrustError when it is not released like that, Unavailable when the metadata cannot be had.
         """
+        base = f"{self._transport.base_url}/tuf/"
         try:
-            updater = Updater(
-                str(self._metadata),
-                f"{self._transport.base_url}/tuf/",
-                fetcher=_Fetcher(self._transport),
-                config=UpdaterConfig(),
-                bootstrap=self._root,
-            )
-            updater.refresh()
-            info = updater.get_targetinfo(target_path(ref.model, ref.version))
-        except DownloadError as error:
-            raise Unavailable(f"release metadata cannot be had: {error}") from None
-        except RepositoryError as error:
-            raise TrustError(f"the release metadata does not verify: {error}") from None
-        if info is None:
-            raise TrustError(f"{ref.model} version {ref.version} is not released")
-        if info.hashes.get("sha256") != ref.digest:
-            raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
-        return int(info.length)
+            return _signed_length(self._metadata, self._root, base, _Fetcher(self._transport), ref)
+        except Unavailable as error:
+            found = self._imports.newest() if self._imports is not None else None
+            if found is None:
+                raise
+            try:
+                return signed_length(self._metadata, self._root, found.metadata, ref)
+            except TrustError as imported:
+                # Not a refusal for good: the controller may know better once it answers.
+                raise Unavailable(f"{error.message}; what was imported: {imported}") from None
 
     def fetch_manifest(self, ref: ModelRef) -> Manifest:
         """The signed manifest, downloaded if it is not here yet."""
         length = self.target_length(ref)
+        self._take(ref.digest, length)
         self._blobs.fetch(self._transport, ref.digest, length, self._clock)
-        return self._manifest(ref, self._blobs.read(ref.digest, length))
+        return read_manifest(ref, self._blobs.read(ref.digest, length))
 
     def fetch_blobs(self, manifest: Manifest, variant: Variant) -> None:
         for blob in (variant.blob, manifest.golden.blob):
+            self._take(blob.digest, blob.size)
             self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Remove blobs that nothing needs any more."""
         for digest in digests:
             self._blobs.drop(digest)
+
+    def _take(self, digest: str, size: int) -> None:
+        found = self._imports.newest() if self._imports is not None else None
+        if found is not None:
+            found.take(digest, size, self._blobs)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
         """Read the fetched bytes, hashing them again. Raises PackageError, DigestMismatch."""
@@ -133,12 +191,14 @@ class Verifier:
         """
         path = self._blobs.path(ref.digest)
         size = path.stat().st_size if path.exists() else 0
-        return self._manifest(ref, self._blobs.read(ref.digest, size))
+        return read_manifest(ref, self._blobs.read(ref.digest, size))
 
-    def _manifest(self, ref: ModelRef, content: bytes) -> Manifest:
-        manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")
-        if (manifest.model, manifest.version) != (ref.model, ref.version):
-            raise TrustError(
-                f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
-            )
-        return manifest
+
+def read_manifest(ref: ModelRef, content: bytes) -> Manifest:
+    """The manifest in bytes of the signed digest. Raises InvalidDocument, TrustError for another version's."""
+    manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")
+    if (manifest.model, manifest.version) != (ref.model, ref.version):
+        raise TrustError(
+            f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
+        )
+    return manifest

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 import edgeward
-from edgeward.cli import resources
+from edgeward.cli import bundle, resources
 from edgeward.errors import EdgewardError
 
 GROUP = "edgeward.commands"
@@ -44,6 +44,7 @@ def build() -> typer.Typer:
             raise typer.Exit
 
     resources.register(app)
+    bundle.register(app)
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda found: found.name):
         entry.load()(app)
     return app
