@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from agent.state import State
 from agent.verify import MetadataExpired, read_manifest, signed_length
 from edgeward.bundle import Bundle, blob_name, desired_name, manifest_name, metadata_name, open_bundle
 from edgeward.clock import Clock
-from edgeward.errors import DigestMismatch, NotFound, PackageError, TrustError, Unavailable
+from edgeward.errors import DigestMismatch, EdgewardError, NotFound, PackageError, TrustError, Unavailable
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState, ModelRef
 from edgeward.wire.package import MAX_MANIFEST_BYTES
@@ -100,15 +101,26 @@ def _check_desired(
         with contextlib.suppress(TrustError, OSError):
             before = dsse.verify(waiting.desired(), PAYLOAD_TYPE, keys, DesiredState).generation
     if (folder / "state.db").exists():
-        state = State(folder / "state.db", read_only=True)
-        try:
-            before = max(before, state.generation())
-        finally:
-            state.close()
+        before = max(before, _accepted(folder / "state.db"))
     desired = check(raw, keys, identity.name, before, clock.now())
     if desired is not None:
         return desired, True
     return dsse.verify(raw, PAYLOAD_TYPE, keys, DesiredState), False
+
+
+def _accepted(path: Path) -> int:
+    """The highest generation that the device has accepted."""
+    try:
+        state = State(path, read_only=True)
+        try:
+            return state.generation()
+        finally:
+            state.close()
+    except (sqlite3.Error, TypeError) as error:  # also while the agent is just making it
+        raise EdgewardError(
+            f"{path}: what was accepted before cannot be read: {error}",
+            hint="start the agent, then import again",
+        ) from None
 
 
 class _Receiver:
@@ -171,11 +183,6 @@ class _Receiver:
 
     def _check_release(self, ref: ModelRef, trusted: Path) -> dict[str, tuple[str, int]]:
         """Members to take for a version, with digest and signed size: those that this device has not."""
-        if not self._root:
-            raise TrustError(
-                "this device was enrolled before the first release and knows no release key",
-                hint="let its agent reach the controller once more, to renew its certificate",
-            )
         try:
             length = signed_length(trusted, self._root, self._read_metadata, ref)
         except MetadataExpired as error:

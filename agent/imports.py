@@ -105,12 +105,13 @@ class Imports:
                 part.mkdir(mode=0o700)
                 yield part
                 _flush(part)
-                numbers = self._numbers()
-                part.rename(self._import(max(numbers, default=0) + 1).folder)
+                last = max(self._numbers(), default=0)
+                part.rename(self._import(last + 1).folder)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
             fsync_folder(self.folder)
+            self.drop(last)
 
     def _import(self, number: int) -> Import:
         return Import(number, self.folder / f"{number:0{_DIGITS}d}")

@@ -236,13 +236,14 @@ class Bundle:
 
 @contextlib.contextmanager
 def open_bundle(path: Path) -> Iterator[Bundle]:
-    """Raises PackageError when `path` is not a readable bundle, NotFound is left to the system's message."""
+    """Raises PackageError when `path` cannot be opened or is not a bundle."""
     try:
         # Non-blocking, so that a pipe of that name cannot hold us.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PackageError(f"{path}: cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise PackageError(f"{path}: not a file")
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise PackageError(f"{path}: not a file")
         yield Bundle(file, str(path))
