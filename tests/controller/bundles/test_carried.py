@@ -114,12 +114,14 @@ def test_an_agent_that_is_killed_while_it_takes_an_import_goes_on(offline: Offli
     offline.roll_out(1)
     import_bundle(offline.export("d1"), device, SystemClock())
     (device / "controller.url").write_text("http://127.0.0.1:9")
+    (device / "imports" / "part-left" / "blobs").mkdir(parents=True)  # by an import that was killed
     log = device.with_suffix(".log")
     with agent(device, signal.SIGKILL):
         offline.until(lambda: moment in log.read_text(), 60)
     with agent(device) as slot:
         offline.until(runs(slot, 1), 60)
         offline.until(lambda: Imports(device).newest() is None, 60)
+    assert not list((device / "imports").glob("part-*"))
 
 
 def test_an_import_whose_metadata_expires_before_it_is_used_waits_and_is_not_quarantined(
