@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from agent.desired import check
-from agent.fetch import BlobStore
+from agent.fetch import RESERVE, BlobStore
 from agent.identity import Identity
 from agent.imports import Imports
 from agent.state import State
@@ -29,8 +29,6 @@ from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState, ModelRef
 from edgeward.wire.package import MAX_MANIFEST_BYTES
 
-#: Left free on the disk for the outbox and the state, which must go on.
-RESERVE = 64 << 20
 #: The largest file of release metadata that a TUF client takes (tuf.ngclient's UpdaterConfig).
 MAX_METADATA_BYTES = 5_000_000
 

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from edgeward.cli.main import main
-from edgeward.errors import Conflict, TrustError
+from edgeward.client import ControllerClient
+from edgeward.errors import Conflict, Forbidden, TrustError
 from tests.controller.bundles.carrying import Offline, contents
 
 
@@ -79,6 +80,8 @@ def test_a_damaged_artifact_and_a_revoked_device_are_not_exported(offline: Offli
             offline.export("d1")
     assert not list(offline.folder.glob("*d1-*"))
     stored.write_bytes(content)
+    with pytest.raises(Forbidden, match="no valid API token"), ControllerClient(offline.plant.url) as nobody:
+        nobody.desired("d1")
     offline.plant.client.apply([make("Device", "d1", site="north", revoked=True)])
     with pytest.raises(Conflict, match=r"no desired state .*revoked"):
         offline.export("d1")
