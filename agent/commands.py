@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from edgeward.cli import bundle
 from edgeward.cli.context import naming, read_secret
 from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
@@ -34,6 +36,7 @@ def register(app: typer.Typer) -> None:
     agent.command()(run)
     agent.command()(status)
     app.add_typer(agent, name="agent")
+    bundle.extend(app, "import", import_)
 
 
 def enroll(
@@ -177,6 +180,47 @@ def status(
         out.print(stream_line(report), markup=False)
     for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A bundle that `edgeward bundle export` wrote.")],
+    folder: Folder,
+) -> None:
+    """Take a bundle on the device, while its agent runs or not.
+
+    Everything in it is verified as if it came over the network; on any doubt nothing changes. The same
+    bundle twice does no harm, and an import that was interrupted is simply run again.
+
+    Example: `edgeward bundle import /media/stick/plant.edgeward-bundle --dir agent`
+    """
+    from edgeward.clock import SystemClock
+
+    logging.getLogger("tuf").setLevel(logging.ERROR)
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not enrolled", hint="run `edgeward agent enroll` first")
+    owner = folder.stat().st_uid
+    if owner != os.geteuid():
+        raise UsageError(
+            f"{folder} belongs to user {owner}, whose agent could not use what another user writes there",
+            hint=f"sudo -u '#{owner}' edgeward bundle import {file} --dir {folder}",
+        )
+    try:
+        from agent.bundle import import_bundle
+    except ImportError as error:
+        raise MissingDependency(
+            f"{error.name} is not installed", hint="pip install 'edgeward[agent]'"
+        ) from None
+    done = import_bundle(file, folder, SystemClock())
+    models = ", ".join(f"{ref.model}:{ref.version}" for ref in done.models)
+    out.print(f"verified {file} for {done.device}: generation {done.generation}, {models or 'no models'}")
+    out.print(
+        f"  took {done.taken} files ({bundle.size(done.bytes)}), {done.present} were here already, "
+        f"{done.left} are for other devices"
+    )
+    if not done.news:
+        out.print("  this generation was accepted here before; its files are at hand now")
+    out.print("a running agent takes it within seconds, otherwise its next start does:")
+    out.print(f"  edgeward agent status --dir {folder}")
 
 
 def variant_line(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from agent.activation import Setup
 from agent.desired import check
 from agent.fetch import BlobStore
 from agent.identity import Identity, require_enrolled
+from agent.imports import Imports
 from agent.measure import machine_key
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
@@ -45,6 +46,7 @@ from edgeward.wire.topics import LANES
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
+IMPORT_SECONDS = 1.0
 
 
 class Daemon:
@@ -84,7 +86,12 @@ class Daemon:
         self._reported_due = threading.Event()
         trust = self.identity.enrollment.trust
         blobs = BlobStore(folder / "blobs")
-        verifier = Verifier(folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock)
+        self._imports = Imports(folder)
+        self._imports.sweep()
+        self._imported = 0
+        verifier = Verifier(
+            folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock, self._imports
+        )
         self.engine = Engine(
             on_crash_loop=lambda name, losses, seconds: self.slots.crash_looped(name, losses, seconds),
             on_recovered=lambda name: self.slots.recovered(name),
@@ -153,12 +160,13 @@ class Daemon:
             raise
         self._catalog.refresh()
         self._apply_stored()
+        self._take_import()
         self._catalog.settle()
         self.uplink.start()
         self.link.start()
         threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()
         give_back_memory()
-        last_report = last_poll = self._clock.monotonic()
+        last_report = last_poll = last_import = self._clock.monotonic()
         try:
             while not stop.is_set():
                 self._wake.wait(0.25)
@@ -178,6 +186,9 @@ class Daemon:
                 if not self.link.connected and now - last_poll >= POLL_SECONDS:
                     last_poll = now
                     self._poll_desired()
+                if now - last_import >= IMPORT_SECONDS:
+                    last_import = now
+                    self._take_import()
         finally:
             self.streams.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
@@ -229,6 +240,25 @@ class Daemon:
             return
         if raw is not None:
             self._offer(raw)
+
+    def _take_import(self) -> None:
+        """What `edgeward bundle import` has left here; it goes once no slot can need it any more."""
+        try:
+            found = self._imports.newest()
+            if found is None:
+                return
+            if found.number > self._imported:
+                self._imported = found.number
+                log.info("taking import %d", found.number)
+                self._offer(found.desired())
+                # The same generation may have come by MQTT before, without a way to its models.
+                self.slots.retry()
+                self._imports.drop(found.number - 1)
+            elif self.slots.settled():
+                self._imports.drop(found.number)
+                self._imported = 0  # the next one's number begins anew
+        except OSError as error:
+            log.warning("import: %s", error)
 
     # MQTT
 

@@ -118,6 +118,11 @@ def wish(
     )
 
 
+def at_once(state: SlotState) -> SlotState:
+    """The state whose next try is now: what was unavailable has come."""
+    return replace(state, retry_at=0.0) if state.phase is Phase.PENDING else state
+
+
 def holds(target: ModelRef, policy: SlotPolicy, losses: int, now: float) -> SlotState:
     """The state when what is wished for runs already; with `losses` it is in a crash loop."""
     state = SlotState(target, policy, Phase.ACTIVE, since=now)

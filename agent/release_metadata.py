@@ -23,12 +23,16 @@ class MetadataExpired(Unavailable):
     """The release metadata is signed, but for a time that is over."""
 
 
+class MetadataRefused(Unavailable):
+    """The release metadata does not verify, is older than what was seen, or does not name the release."""
+
+
 def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, clock: TrustedClock) -> Updater:
     """An updater with the newest metadata below `url`, none of it expired by all that is known of the time.
 
     `root` is the root metadata trusted from the start, `folder` keeps what was accepted before. Raises
-    Unavailable when the metadata cannot be had, does not verify or is older than before, MetadataExpired
-    when its time is over.
+    Unavailable when the metadata cannot be had, MetadataRefused when it does not verify or is older than
+    before, MetadataExpired when its time is over.
     """
     try:
         updater = Updater(str(folder), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
@@ -47,11 +51,11 @@ def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, cloc
         raise Unavailable(f"release metadata cannot be had: {error}") from None
     except ExpiredMetadataError as error:
         raise MetadataExpired(
-            f"the release metadata does not verify: {error} (it is {_time(clock.now()):%Y-%m-%dT%H:%MZ} here)",
+            f"the release metadata has expired: {error} (it is {_time(clock.now()):%Y-%m-%dT%H:%MZ} here)",
             hint="is this device's clock right, and does the controller renew its metadata?",
         ) from None
     except RepositoryError as error:
-        raise Unavailable(f"the release metadata does not verify: {error}") from None
+        raise MetadataRefused(f"the release metadata does not verify: {error}") from None
     return updater
 
 

@@ -122,6 +122,19 @@ class Slots:
             self._lock.notify_all()
         self._changed()
 
+    def retry(self) -> None:
+        """Try again at once what waits for its next try."""
+        with self._lock:
+            for name, state in self._candidates.items():
+                self._candidates[name] = lifecycle.at_once(state)
+            self._lock.notify_all()
+
+    def settled(self) -> bool:
+        """Whether every wish has come to its end, good or bad."""
+        with self._lock:
+            ended = (*_HELD, Phase.QUARANTINED)
+            return all(state.phase in ended for state in self._candidates.values())
+
     def crash_looped(self, name: str, losses: int, seconds: float) -> None:
         """A model's worker was lost `losses` times within `seconds`; for the engine, does not wait."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from agent import delta
 from agent.fetch import BlobStore
-from agent.release_metadata import refresh
+from agent.imports import Imports
+from agent.release_metadata import MetadataRefused, refresh
 from agent.trusted_clock import TrustedClock
 from edgeward.client.transport import Transport
 from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
@@ -66,17 +67,69 @@ class _Fetcher(FetcherInterface):
             raise DownloadError(str(error)) from None
 
 
+class _FileFetcher(FetcherInterface):
+    """TUF metadata that somebody brought: `read` gives a file of it by its name, None when it is not there."""
+
+    def __init__(self, read: Callable[[str], bytes | None]) -> None:
+        self._read = read
+
+    def _fetch(self, url: str) -> Any:
+        try:
+            data = self._read(url.rpartition("/")[2])
+        except OSError as error:
+            raise DownloadError(str(error)) from None
+        if data is None:
+            raise DownloadHTTPError(f"there is no {url.rpartition('/')[2]}", 404)
+        yield data
+
+
+def signed_length(
+    folder: Path, root: bytes, read: Callable[[str], bytes | None], ref: ModelRef, clock: TrustedClock
+) -> int:
+    """Like Verifier.target_length, by metadata that `read` gives instead of the controller.
+
+    `folder` holds the metadata trusted so far and keeps what is trusted from now on.
+    """
+    return _signed_length(folder, root, "file:///tuf/", _FileFetcher(read), ref, clock)
+
+
+def _signed_length(
+    folder: Path, root: bytes, base: str, fetcher: FetcherInterface, ref: ModelRef, clock: TrustedClock
+) -> int:
+    # Without delegations (the controller refuses them) looking a target up loads nothing more.
+    info = refresh(folder, base, fetcher, root, clock).get_targetinfo(target_path(ref.model, ref.version))
+    if info is None:
+        # Somebody on the link may hold newer metadata back for as long as the old has not expired.
+        raise MetadataRefused(
+            f"{ref.model} version {ref.version} is not released: not in the release metadata at hand"
+        )
+    if info.hashes.get("sha256") != ref.digest:
+        raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
+    return int(info.length)
+
+
 class Verifier:
-    """Asks the release metadata for a version, and fetches what it signs."""
+    """Asks the release metadata for a version, and fetches what it signs.
+
+    Where the controller does not answer, `imports` may hold metadata and blobs that were brought by hand;
+    they are verified in the same way.
+    """
 
     def __init__(
-        self, folder: Path, root: bytes, blobs: BlobStore, transport: Transport, clock: TrustedClock
+        self,
+        folder: Path,
+        root: bytes,
+        blobs: BlobStore,
+        transport: Transport,
+        clock: TrustedClock,
+        imports: Imports | None = None,
     ) -> None:
         self._metadata = folder
         self._root = root
         self._blobs = blobs
         self._transport = transport
         self._clock = clock
+        self._imports = imports
         folder.mkdir(parents=True, exist_ok=True)
 
     def target_length(self, ref: ModelRef) -> int:
@@ -85,25 +138,34 @@ class Verifier:
         Raises TrustError when it was released with another digest; Unavailable when the metadata cannot be
         had, does not hold, or does not name it (yet).
         """
-        url = f"{self._transport.base_url}/tuf/"
-        updater = refresh(self._metadata, url, _Fetcher(self._transport), self._root, self._clock)
-        # Without delegations (the controller refuses them) this loads nothing more.
-        info = updater.get_targetinfo(target_path(ref.model, ref.version))
-        if info is None:
-            # Somebody on the link may hold newer metadata back for as long as the old has not expired.
-            raise Unavailable(f"{ref.model} version {ref.version} is not in the release metadata served here")
-        if info.hashes.get("sha256") != ref.digest:
-            raise TrustError(f"{ref.model} version {ref.version} was released with another digest")
-        return int(info.length)
+        base = f"{self._transport.base_url}/tuf/"
+        try:
+            return _signed_length(
+                self._metadata, self._root, base, _Fetcher(self._transport), ref, self._clock
+            )
+        except Unavailable as error:
+            found = self._imports.newest() if self._imports is not None else None
+            if found is None:
+                raise
+            try:
+                return signed_length(self._metadata, self._root, found.metadata, ref, self._clock)
+            except (TrustError, Unavailable) as imported:
+                # Not a refusal for good: the controller may know better once it answers.
+                both = Unavailable(f"{error.message}; what was imported: {imported}")
+                both.retry_after = error.retry_after
+                raise both from None
 
     def fetch_manifest(self, ref: ModelRef) -> Manifest:
         """The signed manifest, downloaded if it is not here yet."""
         length = self.target_length(ref)
+        self._take(ref.digest, length)
         self._blobs.fetch(self._transport, ref.digest, length, self._clock)
-        return self._manifest(ref, self._blobs.read(ref.digest, length))
+        return read_manifest(ref, self._blobs.read(ref.digest, length))
 
     def fetch_blobs(self, manifest: Manifest, variant: Variant, earlier: Iterable[ModelRef] = ()) -> None:
         """Download what is not here yet; the variant's blob as a delta from an `earlier` model if possible."""
+        for blob in (variant.blob, manifest.golden.blob):
+            self._take(blob.digest, blob.size)
         bases = delta.bases(variant, self._held(earlier))
         delta.fetch(self._blobs, self._transport, variant.blob, bases, self._clock)
         for blob in (variant.blob, manifest.golden.blob):
@@ -113,6 +175,11 @@ class Verifier:
         """Remove blobs that nothing needs any more."""
         for digest in digests:
             self._blobs.drop(digest)
+
+    def _take(self, digest: str, size: int) -> None:
+        found = self._imports.newest() if self._imports is not None else None
+        if found is not None:
+            found.take(digest, size, self._blobs)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
         """Read the fetched bytes, hashing them again. Raises PackageError, DigestMismatch."""
@@ -132,7 +199,7 @@ class Verifier:
         """
         path = self._blobs.path(ref.digest)
         size = path.stat().st_size if path.exists() else 0
-        return self._manifest(ref, self._blobs.read(ref.digest, size))
+        return read_manifest(ref, self._blobs.read(ref.digest, size))
 
     def _held(self, refs: Iterable[ModelRef]) -> Iterator[Manifest]:
         for ref in refs:
@@ -141,10 +208,12 @@ class Verifier:
             except (EdgewardError, OSError) as error:
                 log.info("%s:%s is no base for a delta: %s", ref.model, ref.version, error)
 
-    def _manifest(self, ref: ModelRef, content: bytes) -> Manifest:
-        manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")
-        if (manifest.model, manifest.version) != (ref.model, ref.version):
-            raise TrustError(
-                f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
-            )
-        return manifest
+
+def read_manifest(ref: ModelRef, content: bytes) -> Manifest:
+    """The manifest in bytes of the signed digest. Raises InvalidDocument, TrustError for another version's."""
+    manifest = decode_manifest(content, source=f"manifest of {ref.model}:{ref.version}")
+    if (manifest.model, manifest.version) != (ref.model, ref.version):
+        raise TrustError(
+            f"the manifest is of {manifest.model}:{manifest.version}, expected {ref.model}:{ref.version}"
+        )
+    return manifest

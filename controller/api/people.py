@@ -152,6 +152,22 @@ def reports(name: str, controller: Service, person: Reader, limit: Limit = 200) 
         return answer({"items": records.reports(session, name, limit)})
 
 
+@router.get("/devices/{name}/desired")
+def desired(name: str, controller: Service, person: Reader) -> Response:
+    """The signed desired state as the device gets it, for who carries it there by hand."""
+    with controller.store.reading() as session:
+        device = resources.need(session, "Device", name)
+        row = records.desired(session, name)
+        if device.spec["revoked"] or row is None or not row.content:
+            raise Conflict(
+                f"device {name} has no desired state",
+                hint="it is revoked"
+                if device.spec["revoked"]
+                else "wait a moment: it has just been enrolled",
+            )
+        return Response(row.envelope, media_type="application/json")
+
+
 # tokens and sessions
 
 

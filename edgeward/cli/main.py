@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 import edgeward
-from edgeward.cli import devices, resources
+from edgeward.cli import bundle, devices, resources
 from edgeward.errors import EdgewardError
 
 GROUP = "edgeward.commands"
@@ -45,6 +45,7 @@ def build() -> typer.Typer:
 
     resources.register(app)
     devices.register(app)
+    bundle.register(app)
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda found: found.name):
         entry.load()(app)
     return app

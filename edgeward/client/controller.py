@@ -95,6 +95,10 @@ class ControllerClient:
         items: list[dict[str, Any]] = answer["items"]
         return items
 
+    def desired(self, name: str) -> bytes:
+        """A device's desired state (DSSE), as it is delivered to it; Conflict when it gets none."""
+        return self._http.request("GET", f"/api/v1/devices/{name}/desired").content
+
     def audit(self, *, limit: int = 200) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = self._json("GET", "/api/v1/audit", params={"limit": limit})["items"]
         return items
@@ -168,6 +172,11 @@ class ControllerClient:
         except NotFound:
             return False
         return True
+
+    def artifact(self, digest: str) -> Iterator[bytes]:
+        """An artifact's bytes, piece by piece and not checked."""
+        with self._http.stream(f"/artifacts/{digest}") as response:
+            yield from response.iter_bytes(_CHUNK)
 
     def upload_artifact(self, path: Path) -> str:
         """Store a file under its SHA-256 and return that digest; skips what is there already."""

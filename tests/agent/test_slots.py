@@ -28,7 +28,7 @@ from agent.serving.statistics import Statistics
 from agent.slot_catalog import SlotCatalog
 from agent.slots import Slots
 from agent.state import SlotRecord, State
-from edgeward.clock import SystemClock
+from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import RuntimeFault
 from edgeward.wire.desired import ModelRef, SlotTarget
 from edgeward.wire.reports import Condition, Phase, SlotReport, StreamReport, VariantMeasure
@@ -260,6 +260,27 @@ def test_a_restart_runs_on_as_before_without_network_or_measuring(
     assert (name, policy.threads, options.threads, batchable) == ("m:1", 2, 2, True)
     wish(again, ref, threads=2)
     assert report(again).phase is Phase.ACTIVE and report(again).variants == before.variants
+
+
+def test_what_was_out_of_reach_is_tried_again_at_once_when_it_was_brought(
+    tmp_path: Path, releaser: Any, engine: Any, setup: Setup, models: Any, until: Any
+) -> None:
+    """On a clock that stands still no retry comes by itself."""
+    clock = ManualClock()
+    slots = Slots(State(tmp_path / "s.db"), releaser, engine, RUNTIMES, clock, lambda: None, setup)
+    slots.start()
+    try:
+        releaser.offline = True
+        wish(slots, releaser.release(1, ("only", models["fast"])))
+        until(lambda: (got := report(slots)).reason == "Unavailable" and got.deadline)
+        assert not slots.settled()
+        releaser.offline = False
+        slots.retry()
+        assert settled(slots, until).phase is Phase.ACTIVE and slots.settled()
+        slots.retry()
+        assert report(slots).phase is Phase.ACTIVE
+    finally:
+        slots.stop()
 
 
 def test_what_was_measured_is_kept_for_the_same_circumstances(
