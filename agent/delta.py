@@ -10,10 +10,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from agent.fetch import BlobStore
+from agent.fetch import BlobStore, Limits, NoRoom, Watch, watched
 from agent.state import SlotRecord
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
@@ -33,10 +34,8 @@ MAX_BASES = 8
 WAIT = 12
 #: Tries without a new byte, the controller's "being made" among them, until the whole file is fetched.
 TRIES = 3
-#: Slower than this over SLOW_SECONDS, or later than DEADLINE, and the attempt is given up.
-MINIMUM_RATE = 512
-SLOW_SECONDS = 30.0
-DEADLINE = 3600.0
+#: A controller that wants more seconds than this to pass is not asked again at once.
+AT_ONCE = 1.0
 
 
 def earlier(records: Mapping[str, SlotRecord], slot: str, model: str) -> list[ModelRef]:
@@ -60,7 +59,12 @@ def bases(variant: Variant, manifests: Iterable[Manifest]) -> list[Blob]:
 
 
 def fetch(
-    blobs: BlobStore, transport: Transport, blob: Blob, bases: Sequence[Blob], clock: Clock
+    blobs: BlobStore,
+    transport: Transport,
+    blob: Blob,
+    bases: Sequence[Blob],
+    clock: Clock,
+    limits: Limits | None = None,
 ) -> int | None:
     """Try to make `blob` of one of `bases`; the bytes that came over the network, None without success.
 
@@ -78,8 +82,12 @@ def fetch(
         return None
     try:
         folder.mkdir(exist_ok=True)
-        delta, base = _Download(folder, transport, blob, held, clock).run()
+        delta, base = _Download(blobs, folder, transport, blob, held, clock, limits or Limits()).run()
         _make(blobs, folder, blob, base, delta)
+    except NoRoom as error:
+        log.info("no delta for %s: %s", blob.digest[:16], error)
+        _clear(folder)
+        return None
     except Unavailable as error:
         log.info("no delta for %s now, its whole is fetched: %s", blob.digest[:16], error)
         return None
@@ -120,13 +128,23 @@ class _Download:
     """One delta's way over the network; what has arrived is kept in a file named by digest and ETag."""
 
     def __init__(
-        self, folder: Path, transport: Transport, blob: Blob, held: Sequence[Blob], clock: Clock
+        self,
+        blobs: BlobStore,
+        folder: Path,
+        transport: Transport,
+        blob: Blob,
+        held: Sequence[Blob],
+        clock: Clock,
+        limits: Limits,
     ) -> None:
+        self._blobs = blobs
         self._folder = folder
         self._transport = transport
         self._blob = blob
         self._held = {base.digest: base for base in held}
         self._clock = clock
+        self._limits = limits
+        self._slow = ""
         self._started = self._mark = clock.monotonic()
         self._since = 0
         # Digests are checked hexadecimal: nothing in the query needs escaping.
@@ -136,7 +154,10 @@ class _Download:
         self._partial: Path | None = found[0] if len(found) == 1 else None
 
     def run(self) -> tuple[bytes, Blob]:
-        """The delta and its base. Raises Unavailable when what has arrived is worth going on with later."""
+        """The delta and its base.
+
+        Raises Unavailable when what has arrived is worth going on with later, NoRoom.
+        """
         idle = 0
         while True:
             before = self._have()
@@ -144,7 +165,11 @@ class _Download:
                 base = self._attempt()
                 assert self._partial is not None
                 return self._partial.read_bytes(), base
-            except Unavailable:
+            except NoRoom:
+                raise
+            except Unavailable as error:
+                if self._slow or (error.retry_after or 0.0) > AT_ONCE:
+                    raise
                 grown = self._have() > before
                 idle = 0 if grown else idle + 1
                 if idle >= TRIES:
@@ -163,7 +188,10 @@ class _Download:
         if self._partial is not None and begin:
             etag = self._partial.name.rpartition(".")[2]
             headers |= {"Range": f"bytes={begin}-", "If-Range": f'"{etag}"'}
-        with self._transport.stream(self._path, headers=headers) as response:
+        with (
+            self._watched() as watch,
+            self._transport.stream(self._path, headers=headers, connected=watch.connected) as response,
+        ):
             base = self._held.get(response.headers.get("Edgeward-Delta-Base", ""))
             etag = response.headers.get("ETag", "").strip('"')
             if base is None or not _is_etag(etag):
@@ -174,32 +202,44 @@ class _Download:
             going_on = response.status_code == 206
             have = begin if going_on else 0
             announced = response.headers.get("Content-Length", "")
-            if re.fullmatch("[0-9]{1,18}", announced):
-                self._check_length(have + int(announced))
+            wanted = int(announced) if re.fullmatch("[0-9]{1,18}", announced) else self._blob.size - have - 1
+            self._check_length(have + wanted)
+            self._blobs.check_room(self._blob.digest, wanted + self._blob.size)
             self._partial = partial
             _clear(self._folder, keep=partial)
             with partial.open("r+b" if going_on else "wb") as file:
                 file.seek(have)
                 # As it arrives: a fixed size of chunk would wait for more, and lose it all when the link breaks.
                 for chunk in response.iter_raw():
+                    watch.received += len(chunk)
                     have += len(chunk)
                     self._check_length(have)
                     file.write(chunk)
                     self._check_pace(len(chunk))
             return base
 
+    @contextmanager
+    def _watched(self) -> Iterator[Watch]:
+        """One connection, ended when it brings too little, also of the answer's head."""
+        with watched(f"delta for {self._blob.digest[:16]}", self._limits, self._clock) as watch:
+            try:
+                yield watch
+            finally:
+                self._slow = watch.problem
+
     def _check_length(self, length: int) -> None:
         if length >= self._blob.size:
             raise DeltaError(f"the delta is not smaller than the artifact's signed {self._blob.size} bytes")
 
     def _check_pace(self, arrived: int) -> None:
-        now = self._clock.monotonic()
+        """Over all connections: each may bring a byte and break. Raises DeltaError."""
+        limits, now = self._limits, self._clock.monotonic()
         self._since += arrived
-        if now - self._started > DEADLINE:
-            raise DeltaError(f"the delta has not come within {DEADLINE:.0f} s")
-        if now - self._mark > SLOW_SECONDS:
-            if self._since < MINIMUM_RATE * SLOW_SECONDS:
-                raise DeltaError(f"the delta comes slower than {MINIMUM_RATE} B/s")
+        if now - self._started > limits.deadline:
+            raise DeltaError(f"the delta has not come within {limits.deadline:g} s")
+        if now - self._mark > limits.window:
+            if self._since < limits.rate * limits.window:
+                raise DeltaError(f"the delta comes slower than {limits.rate:g} B/s")
             self._mark, self._since = now, 0
 
 

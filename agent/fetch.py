@@ -103,7 +103,7 @@ class BlobStore:
             partial.unlink()
             have = 0
         if have < size:
-            self._check_room(digest, size - have)
+            self.check_room(digest, size - have)
             self._transfer(transport, digest, size, partial, have, clock)
         with partial.open("rb") as file:
             got = hashlib.file_digest(file, "sha256").hexdigest()
@@ -115,7 +115,8 @@ class BlobStore:
         fsync_folder(self.folder)
         return path
 
-    def _check_room(self, digest: str, size: int) -> None:
+    def check_room(self, digest: str, size: int) -> None:
+        """Raises NoRoom unless `size` more bytes leave the reserve free."""
         free = shutil.disk_usage(self.folder).free
         if free < size + self._reserve:
             raise NoRoom(digest, free, size + self._reserve)
@@ -127,7 +128,7 @@ class BlobStore:
         if have:
             headers["Range"] = f"bytes={have}-"
         with (
-            _watched(f"artifact {digest[:16]}", self._limits, clock) as watch,
+            watched(f"artifact {digest[:16]}", self._limits, clock) as watch,
             transport.stream(f"/artifacts/{digest}", headers=headers, connected=watch.connected) as response,
         ):
             if have and not _goes_on(response.status_code, response.headers.get("Content-Range"), have):
@@ -150,7 +151,7 @@ def _goes_on(status: int, content_range: str | None, have: int) -> bool:
     return status == 206 and (content_range or "").startswith(f"bytes {have}-")
 
 
-class _Watch:
+class Watch:
     """One transfer's progress, and its connection, for the thread that ends it when there is too little."""
 
     def __init__(self) -> None:
@@ -179,9 +180,9 @@ class _Watch:
 
 
 @contextmanager
-def _watched(what: str, limits: Limits, clock: Clock) -> Iterator[_Watch]:
+def watched(what: str, limits: Limits, clock: Clock) -> Iterator[Watch]:
     """Raises Unavailable when the transfer in the block was too slow."""
-    watch, done = _Watch(), threading.Event()
+    watch, done = Watch(), threading.Event()
 
     def look() -> None:
         end, before = clock.monotonic() + limits.deadline, 0

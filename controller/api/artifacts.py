@@ -18,7 +18,8 @@ router = APIRouter()
 
 MAX_BASES = 8
 MAX_WAIT = 30.0
-RETRY_AFTER = 10
+#: As the next request may wait again, and gets its answer at once when the delta is there.
+RETRY_AFTER = 1
 _POLL = 0.2
 _CACHING = "private, max-age=31536000, immutable"
 

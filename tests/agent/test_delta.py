@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from agent import delta
-from agent.fetch import BlobStore
+from agent.fetch import BlobStore, Limits
 from agent.state import SlotRecord
 from edgeward import delta as codecs
 from edgeward.client.transport import Transport
-from edgeward.clock import ManualClock
+from edgeward.clock import ManualClock, SystemClock
 from edgeward.storage import sha256_hex
 from edgeward.wire import API_VERSION
 from edgeward.wire.desired import ModelRef
@@ -41,6 +41,7 @@ class Request:
         self._source = source
         self.range = handler.headers.get("Range", "")
         self.if_range = handler.headers.get("If-Range", "")
+        self.begun = False
         self.bases = re.findall("base=([0-9a-f]+)", handler.path)
 
     def head(self, status: int = 200, **headers: str) -> None:
@@ -296,13 +297,50 @@ def test_a_complete_delta_that_was_not_applied_is_not_fetched_again(tmp_path: Pa
 
 def test_a_busy_controller_is_asked_again_a_few_times(tmp_path: Path) -> None:
     def busy(request: Request) -> None:
-        request.head(503, Content_Length="0", Retry_After="10")
+        request.head(503, Content_Length="0", Retry_After="1")
 
     with device(tmp_path / "a", busy, Request.delta) as (one, source):
         assert one.fetch() == len(DELTA) and len(source.asked) == 2
     with device(tmp_path / "b", busy) as (one, source):
         assert one.fetch() is None
         assert len(source.asked) == delta.TRIES and source.whole == 1
+
+
+def test_a_controller_that_wants_to_be_left_alone_is(tmp_path: Path) -> None:
+    def full(request: Request) -> None:
+        request.head(503, Content_Length="0", Retry_After="10")
+
+    with device(tmp_path, full) as (one, source):
+        assert one.fetch() is None
+        assert (source.whole, len(source.asked)) == (1, 1)
+
+
+def test_a_head_that_never_ends_is_cut(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def drip(request: Request) -> None:
+        request.cut()
+        try:
+            while True:
+                request.send(b"HTTP/1.1 200 OK\r\n" if not request.begun else b"X: y\r\n"[:1])
+                request.begun = True
+                ended.wait(0.01)
+        finally:
+            ended.set()
+
+    with device(tmp_path, drip) as (one, source):
+        limits = Limits(rate=10_000.0, window=0.3)
+        assert delta.fetch(one.blobs, one.transport, TARGET, [BASE], SystemClock(), limits) is None
+        assert ended.wait(30) and len(source.asked) == 1
+
+
+def test_without_room_for_it_no_delta_is_fetched(tmp_path: Path) -> None:
+    with device(tmp_path, Request.delta) as (one, source):
+        one.blobs = BlobStore(tmp_path / "blobs", reserve=1 << 60)
+        (tmp_path / "deltas").mkdir()
+        (tmp_path / "deltas" / f"{TARGET.digest}.{sha256_hex(DELTA)}").write_bytes(DELTA[:2000])
+        assert delta.fetch(one.blobs, one.transport, TARGET, [BASE], one.clock) is None
+        assert len(source.asked) == 1 and one.left() == []
 
 
 def test_a_drip_is_given_up(tmp_path: Path) -> None:
