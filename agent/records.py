@@ -8,6 +8,7 @@ from agent.activation import Opened
 from agent.active import ActiveModel
 from agent.state import SlotRecord
 from agent.verify import VerifiedPackage
+from edgeward.wire.desired import ModelRef
 from edgeward.wire.slots import SlotPolicy
 
 
@@ -40,6 +41,14 @@ def fallback(record: SlotRecord) -> SlotRecord | None:
         batchable=record.previous_batchable,
         blob=record.previous_blob,
     )
+
+
+def needed(
+    records: Collection[SlotRecord], targets: Collection[ModelRef], condemned: Collection[str]
+) -> set[ModelRef]:
+    """The models whose blobs stay: what slots run, may go back to, and want, unless its digest is refused for good."""
+    wanted = {ref for record in records for ref in (record.running, record.previous) if ref is not None}
+    return wanted | {ref for ref in targets if ref.digest not in condemned}
 
 
 def kept_blobs(records: Collection[SlotRecord], active: Collection[ActiveModel]) -> set[str]:

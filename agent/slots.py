@@ -14,7 +14,7 @@ from agent.activation import Activation, Opened, Refused, Setup
 from agent.active import ActiveModel, conditions, make_active
 from agent.guard import Breach, crash_loop_breach
 from agent.lifecycle import Event, SlotState, Verdict, due, step
-from agent.records import fallback, kept_beside, kept_blobs, recorded
+from agent.records import fallback, kept_beside, kept_blobs, needed, recorded
 from agent.runtime.engine import Engine
 from agent.state import SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier
@@ -280,6 +280,7 @@ class Slots:
             old.runner.stop()
         self._drop_losers(opened.package)
         self._sweep()
+        self._collect()
 
     # what runs
 
@@ -335,6 +336,7 @@ class Slots:
         log.warning("slot %s: %s runs again", name, _runner_name(back.running))
         model.runner.stop()
         self._sweep()
+        self._collect()
 
     def _left_alone(self, name: str, ref: ModelRef, breach: Breach, why: str) -> None:
         log.error("slot %s: %s goes on: %s", name, _runner_name(ref), why)
@@ -392,6 +394,21 @@ class Slots:
             self._tables[walk.name] = refusal.table
         walk.tell()
         self._sweep()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Remove the blobs of models that no slot runs, may go back to, or is on its way to."""
+        try:
+            condemned = self._state.quarantined()
+            with self._lock:
+                targets = [state.target for state in self._candidates.values()]
+                models = needed(self._records.values(), targets, condemned)
+            freed = self._verifier.collect(models)
+        except (EdgewardError, OSError, sqlite3.Error) as error:
+            log.warning("old blobs stay on the disk: %s", error)
+            return
+        if freed:
+            log.info("%d KiB of old models are removed from the disk", freed >> 10)
 
     def _sweep(self) -> None:
         """Compiled forms stay with the blobs that a slot runs or may go back to."""

@@ -176,6 +176,18 @@ class Verifier:
         for digest in digests:
             self._blobs.drop(digest)
 
+    def collect(self, refs: Iterable[ModelRef]) -> int:
+        """Remove every blob that belongs to none of these models; bytes that are free again.
+
+        Raises EdgewardError, and removes nothing, when what one of them consists of cannot be read.
+        """
+        keep: set[str] = set()
+        for ref in refs:
+            keep.add(ref.digest)
+            if self._blobs.path(ref.digest).exists():  # else it is still to come
+                keep |= {blob.digest for blob in self.reopen_manifest(ref).blobs()}
+        return self._blobs.collect(keep)
+
     def _take(self, digest: str, size: int) -> None:
         found = self._imports.newest() if self._imports is not None else None
         if found is not None:

@@ -128,6 +128,7 @@ class Releaser:
         #: The models that each version was to be made of.
         self.bases: dict[int, list[ModelRef]] = {}
         self.offline = False
+        self.kept: set[int] = set()
         self.busy = 0.0
 
     def release(
@@ -167,6 +168,10 @@ class Releaser:
         if self.offline:
             raise Unavailable("no network")
         return self.manifests[ref.digest]
+
+    def collect(self, refs: Iterable[ModelRef]) -> int:
+        self.kept = {ref.version for ref in refs}
+        return 0
 
     def reopen_manifest(self, ref: ModelRef) -> Manifest:
         return self.manifests[ref.digest]

@@ -219,3 +219,28 @@ def test_both_or_neither_of_the_verdict_and_the_record_are_written(tmp_path: Pat
     with pytest.raises(OSError, match="No space"):
         state.roll_back("default", old, "2" * 64, Verdict("GuardErrorRate", 1.0))
     assert state.slots() == {"default": new} and not state.quarantined()
+
+
+def test_blobs_of_what_no_slot_can_need_are_collected(
+    open_slots: Build, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    refs = {version: releaser.release(version, ("only", models["fast"])) for version in (1, 2, 3, 5)}
+    refs[4] = releaser.release(4, ("only", models["fast"]), outputs=ROWS * 3)
+    for version in (1, 2, 3):
+        wish(slots, refs[version])
+        active(slots, refs[version], until)
+    until(lambda: releaser.kept == {2, 3})
+    wish(slots, refs[4])
+    until(lambda: report(slots).phase is Phase.QUARANTINED)
+    assert releaser.kept == {2, 3}, "what was refused for good is nothing to keep"
+    releaser.offline = True
+    other = SlotTarget(refs[5], policy=SlotPolicy())
+    policy = SlotPolicy(guard=GuardPolicy(minimum=10))
+    slots.wish({"default": SlotTarget(refs[3], policy=policy), "other": other})
+    until(lambda: slots.report()["other"].reason == "Unavailable")
+    model = slots.active("default")
+    assert model is not None
+    model.health.failed += 50
+    active(slots, refs[2], until)
+    until(lambda: releaser.kept == {2, 5})
