@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import lifecycle
 from agent.lifecycle import RETRY_MAX, TABLE, Event, SlotState, Verdict, due, step, wish
+from agent.lifecycle_diagram import placed
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase
@@ -128,3 +130,12 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
+
+
+def test_the_documented_diagram_is_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lifecycle.md").read_text()
+    assert placed(text) == text, "run: python -m agent.lifecycle_diagram docs/lifecycle.md"
+    for (phase, event), after in TABLE.items():
+        if event is not Event.WISHED:
+            line = next(line for line in text.splitlines() if line.startswith(f"    {phase} --> {after}:"))
+            assert event in line
