@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TypedDict
 
 import msgspec
 
@@ -77,6 +78,8 @@ class SlotState:
 
 
 RETRY_BASE, RETRY_MAX = 1.0, 300.0
+#: The device's own disk need not be spared, and may have room again at any moment.
+DISK_RETRY_MAX = 30.0
 #: A peer that asks for more patience than this is not believed.
 ASKED_MAX = 3600.0
 #: A float ends where a device has been offline for some days.
@@ -148,6 +151,17 @@ def recovered(state: SlotState, now: float) -> SlotState:
     return step(state, Event.RECOVERED, now, reason="Recovered", message=message)
 
 
+class Details(TypedDict, total=False):
+    """What `step` may be told besides the event."""
+
+    reason: str
+    message: str
+    measured: float | None
+    limit: float | None
+    asked: float
+    patience: float
+
+
 def step(
     state: SlotState,
     event: Event,
@@ -158,17 +172,18 @@ def step(
     measured: float | None = None,
     limit: float | None = None,
     asked: float = 0.0,
+    patience: float = RETRY_MAX,
 ) -> SlotState:
     """The state after `event`. Raises ValueError when the table has no such step.
 
-    After UNAVAILABLE the next try waits, twice as long each time, up to RETRY_MAX seconds; never less than
+    After UNAVAILABLE the next try waits, twice as long each time, up to `patience` seconds; never less than
     the `asked` seconds that the peer wants to be left alone (up to ASKED_MAX).
     """
     phase = TABLE.get((state.phase, event))
     if phase is None:
         raise ValueError(f"no step for {event} in phase {state.phase}")
     failures = state.failures + 1 if event is Event.UNAVAILABLE else state.failures
-    wait = min(RETRY_BASE * 2 ** min(max(failures - 1, 0), _DOUBLINGS), RETRY_MAX)
+    wait = min(RETRY_BASE * 2 ** min(max(failures - 1, 0), _DOUBLINGS), patience)
     wait = max(wait, min(asked, ASKED_MAX))
     retry_at = now + wait if event is Event.UNAVAILABLE else 0.0
     return replace(

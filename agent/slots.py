@@ -8,12 +8,14 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Unpack
 
 from agent import delta, lifecycle
 from agent.activation import Activation, Opened, Refused, Setup
 from agent.active import ActiveModel, conditions, make_active
+from agent.fetch import NoRoom
 from agent.guard import Breach, crash_loop_breach
-from agent.lifecycle import Event, SlotState, Verdict, due, step
+from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step
 from agent.records import fallback, kept_beside, kept_blobs, needed, recorded
 from agent.runtime.engine import Engine
 from agent.state import SlotRecord, State
@@ -221,7 +223,8 @@ class Slots:
         except (EdgewardError, OSError, sqlite3.Error) as error:
             # A full disk, for example, wherever it was noticed: what runs goes on, and this is tried again.
             log.exception("slot %s: %s", name, error)
-            walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
+            patience = RETRY_MAX if isinstance(error, EdgewardError) else DISK_RETRY_MAX
+            walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error), patience=patience)
 
     def _try(self, walk: _Walk) -> None:
         name, target, policy = walk.name, walk.state.target, walk.state.policy
@@ -238,6 +241,15 @@ class Slots:
                 opened.runner.stop()
                 raise Refused(MISMATCH, problem, table=opened.table)
             self._activate(walk, opened)
+        except NoRoom as error:
+            walk.to(
+                Event.UNAVAILABLE,
+                reason="NoRoom",
+                message=str(error),
+                measured=float(error.measured),
+                limit=float(error.limit),
+                patience=DISK_RETRY_MAX,
+            )
         except Unavailable as error:
             asked = error.retry_after or 0.0
             walk.to(Event.UNAVAILABLE, reason="Unavailable", message=str(error), asked=asked)
@@ -443,29 +455,10 @@ class _Walk:
             if slots._stop or slots._candidates.get(self.name) != self.state:
                 raise _Replaced
 
-    def take(
-        self,
-        event: Event,
-        *,
-        reason: str = "",
-        message: str = "",
-        measured: float | None = None,
-        limit: float | None = None,
-        asked: float = 0.0,
-    ) -> None:
+    def take(self, event: Event, **details: Unpack[Details]) -> None:
         """One step, not told to anyone yet. Raises _Replaced."""
         slots = self._slots
-        now = slots._clock.now()
-        after = step(
-            self.state,
-            event,
-            now,
-            reason=reason,
-            message=message,
-            measured=measured,
-            limit=limit,
-            asked=asked,
-        )
+        after = step(self.state, event, slots._clock.now(), **details)
         with slots._lock:
             self.check()
             slots._candidates[self.name] = self.state = after
@@ -478,6 +471,6 @@ class _Walk:
         # Never with the lock held: whoever is told asks for a report.
         self._slots._changed()
 
-    def to(self, event: Event, *, reason: str = "", message: str = "", asked: float = 0.0) -> None:
-        self.take(event, reason=reason, message=message, asked=asked)
+    def to(self, event: Event, **details: Unpack[Details]) -> None:
+        self.take(event, **details)
         self.tell()

@@ -139,3 +139,9 @@ def test_the_documented_diagram_is_the_table() -> None:
         if event is not Event.WISHED:
             line = next(line for line in text.splitlines() if line.startswith(f"    {phase} --> {after}:"))
             assert event in line
+
+
+def test_a_full_disk_is_looked_at_again_within_half_a_minute() -> None:
+    state = SlotState(ONE, phase=Phase.DOWNLOADING, failures=100)
+    after = step(state, Event.UNAVAILABLE, 10.0, patience=lifecycle.DISK_RETRY_MAX)
+    assert after.retry_at == 40.0

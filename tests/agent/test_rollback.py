@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agent.activation import Setup
+from agent.fetch import NoRoom
 from agent.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock
@@ -244,3 +245,33 @@ def test_blobs_of_what_no_slot_can_need_are_collected(
     model.health.failed += 50
     active(slots, refs[2], until)
     until(lambda: releaser.kept == {2, 5})
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), NoRoom("0" * 64, 10, 20)])
+def test_a_disk_without_room_says_so_and_is_tried_again_soon(
+    open_slots: Build,
+    releaser: Any,
+    models: Any,
+    until: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    slots = open_slots()
+    good = releaser.release(1, ("only", models["fast"]))
+    wish(slots, good)
+    active(slots, good, until)
+    full, fetch = [True], releaser.fetch_blobs
+
+    def fetch_blobs(*arguments: Any, **more: Any) -> None:
+        if full[0]:
+            raise error
+        fetch(*arguments, **more)
+
+    monkeypatch.setattr(releaser, "fetch_blobs", fetch_blobs)
+    wish(slots, releaser.release(2, ("only", models["fast"])))
+    got = until(lambda: (now := report(slots)).reason == type(error).__name__ and now)
+    assert got.running == good and works(slots) and got.phase is Phase.PENDING
+    if isinstance(error, NoRoom):
+        assert (got.measured, got.limit) == (10.0, 20.0)
+    full[0] = False
+    until(lambda: report(slots).running.version == 2)
