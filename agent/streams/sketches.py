@@ -86,8 +86,7 @@ class Statistics:
 
     def add(self, values: Floats) -> None:
         """Take in numbers whose squares are finite; others count as missing."""
-        with np.errstate(invalid="ignore"):
-            finite = values[np.abs(values) < _SQUARABLE]
+        finite = values[np.abs(values) < _SQUARABLE]
         self.missing += len(values) - len(finite)
         if len(finite) == 0:
             return
