@@ -22,6 +22,8 @@ TOPIC, SCORES = "plant/bench/swap", "scores/bench"
 FEATURES = [f"f{index}" for index in range(9)]
 #: Samples in a message, and messages in a second.
 BATCH, RATE = 10, 100
+#: The event time of the first sample; each is a second after the one before, so that it says which it was.
+BEGINS = 1_700_000_000
 CALM = 5.0
 SWAP = 0.25
 
@@ -60,7 +62,7 @@ def _site(url: str, stop: Any, ready: Any) -> tuple[list[float], list[tuple[int,
 
     def arrived(message: Any) -> None:
         body = msgspec.json.decode(message.payload)
-        scores.append((round(body["event_time"]), time.monotonic(), body["version"]))
+        scores.append((round(body["event_time"] - BEGINS), time.monotonic(), body["version"]))
 
     panel = Link(Broker(url), "swap-panel", subscriptions=(SCORES,), on_message=arrived)
     sensor = Link(Broker(url), "swap-sensor")
@@ -77,7 +79,7 @@ def _site(url: str, stop: Any, ready: Any) -> tuple[list[float], list[tuple[int,
             pause = began + len(sent) / RATE - time.monotonic()
             if pause > 0:
                 time.sleep(pause)
-            samples = [{"t": first + index, "values": values} for index in range(BATCH)]
+            samples = [{"t": BEGINS + first + index, "values": values} for index in range(BATCH)]
             sent.append(time.monotonic())
             sensor.publish(TOPIC, msgspec.json.encode(samples))
         # What is on its way still counts; a second without anything new is the end of it.
