@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.parse
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from string import Formatter
 
@@ -128,12 +129,11 @@ def _check_payload(source: PayloadSource, features: list[str], field: str) -> No
                 raise InvalidDocument(f"{name!r} is not one of them", field=f"{field}.columns")
 
 
-def _check_covers(given: dict[str, object] | object, features: list[str], field: str) -> None:
-    names = set(given) if isinstance(given, dict) else set()
+def _check_covers(given: Collection[str], features: list[str], field: str) -> None:
     for feature in features:
-        if feature not in names:
+        if feature not in given:
             raise InvalidDocument(f"feature {feature!r} is not there", field=field)
-    for name in names - set(features):
+    for name in sorted(set(given) - set(features)):
         raise InvalidDocument("not one of the features", field=f"{field}.{name}")
 
 

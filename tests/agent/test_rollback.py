@@ -58,6 +58,18 @@ def active(slots: Slots, ref: ModelRef, until: Any) -> Any:
     return until(lambda: (model := slots.active("default")) is not None and model.ref == ref and model)
 
 
+def one_after_the_other(
+    slots: Slots, releaser: Any, models: Any, until: Any
+) -> tuple[ModelRef, ModelRef, Any]:
+    """Two versions that both ran; the second one does, and is what comes third."""
+    good = releaser.release(1, ("only", models["fast"]))
+    bad = releaser.release(2, ("only", models["slow"]))
+    for ref in (good, bad):
+        wish(slots, ref)
+        model = active(slots, ref, until)
+    return good, bad, model
+
+
 def works(slots: Slots) -> bool:
     model = slots.active("default")
     assert model is not None
@@ -128,11 +140,7 @@ def test_a_predecessor_that_cannot_run_is_no_way_out(
     open_slots: Build, releaser: Any, models: Any, until: Any
 ) -> None:
     slots = open_slots()
-    good = releaser.release(1, ("only", models["fast"]))
-    bad = releaser.release(2, ("only", models["slow"]))
-    for ref in (good, bad):
-        wish(slots, ref)
-        model = active(slots, ref, until)
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
     releaser.blobs[releaser.manifests[good.digest].variants[0].blob.digest] = b"damaged"
     model.health.failed += 50
     got = until(lambda: (now := report(slots)).phase is Phase.DEGRADED and now)
@@ -144,11 +152,7 @@ def test_a_crash_loop_brings_the_predecessor_back(
     open_slots: Build, releaser: Any, models: Any, until: Any
 ) -> None:
     slots = open_slots()
-    good = releaser.release(1, ("only", models["fast"]))
-    bad = releaser.release(2, ("only", models["slow"]))
-    for ref in (good, bad):
-        wish(slots, ref)
-        model = active(slots, ref, until)
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
     killed: set[int] = set()
 
     def kill() -> bool:
@@ -167,11 +171,7 @@ def test_a_newer_wish_is_not_touched_by_the_fall_of_the_model_before_it(
     open_slots: Build, releaser: Any, models: Any, until: Any
 ) -> None:
     slots = open_slots()
-    good = releaser.release(1, ("only", models["fast"]))
-    bad = releaser.release(2, ("only", models["slow"]))
-    for ref in (good, bad):
-        wish(slots, ref)
-        model = active(slots, ref, until)
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
     releaser.offline = True
     newest = releaser.release(3, ("only", models["fast"]), outputs=ROWS * 2, inputs=ROWS)
     wish(slots, newest)
