@@ -67,6 +67,8 @@ class Slots:
         self._looping: dict[str, int] = {}
         #: Slots that break their guard and have nothing to go back to, with the reason.
         self._alone: dict[str, str] = {}
+        #: When a slot that could not give way may try again, in monotonic seconds.
+        self._again_at: dict[str, float] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
@@ -305,11 +307,14 @@ class Slots:
                 if self._alone.pop(name, ""):
                     self._recover(name)
                 continue
-            if self._alone.get(name) == breach.reason:
+            if self._alone.get(name) == breach.reason or now < self._again_at.get(name, 0.0):
                 continue
             try:
                 self._give_way(name, model, breach)
+                self._again_at.pop(name, None)
             except (EdgewardError, OSError, sqlite3.Error) as error:
+                # The disk, most likely: each try loads the predecessor.
+                self._again_at[name] = now + DISK_RETRY_MAX
                 log.exception("slot %s: %s cannot give way yet: %s", name, _runner_name(model.ref), error)
 
     def _breach(self, name: str, model: ActiveModel, now: float) -> Breach | None:

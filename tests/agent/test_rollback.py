@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from agent.activation import Setup
 from agent.fetch import NoRoom
+from agent.guard import Guard
 from agent.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock
@@ -203,6 +205,36 @@ def test_what_the_link_did_is_not_held_against_a_release(
     assert got.phase is Phase.PENDING and got.deadline and not slots._state.quarantined()
     broken[0] = False
     active(slots, ref, until)
+
+
+def test_a_disk_that_cannot_take_the_verdict_does_not_load_the_predecessor_at_every_look(
+    open_slots: Build, releaser: Any, models: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(State):
+        tries, full = 0, True
+
+        def roll_back(self, *arguments: Any) -> None:
+            self.tries += 1
+            if self.full:
+                raise sqlite3.OperationalError("database or disk is full")
+            super().roll_back(*arguments)
+
+    state = Full(tmp_path / "full.db")
+    slots = open_slots(state)
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
+    looks = []
+    look = Guard.look
+    monkeypatch.setattr(Guard, "look", lambda *given: (looks.append(1), look(*given))[1])
+    model.health.failed += 50
+    until(lambda: state.tries)
+    seen = len(looks)
+    until(lambda: len(looks) > seen + 3)
+    assert state.tries == 1 and report(slots).running == bad and works(slots)
+    assert report(slots).phase is Phase.ROLLING_BACK
+    state.full = False
+    slots._again_at.clear()
+    active(slots, good, until)
+    assert list(state.quarantined()) == [bad.digest]
 
 
 def test_both_or_neither_of_the_verdict_and_the_record_are_written(tmp_path: Path) -> None:
