@@ -14,19 +14,19 @@ import psutil
 
 import edgeward
 from agent import inventory
-from agent.activation import Setup
 from agent.desired import check
 from agent.fetch import BlobStore
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
-from agent.measure import machine_key
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
 from agent.serving.server import Server
 from agent.serving.settings import Settings
-from agent.slot_catalog import SlotCatalog
-from agent.slots import Slots
+from agent.slots.activation import Setup
+from agent.slots.catalog import SlotCatalog
+from agent.slots.measure import machine_key
+from agent.slots.slots import Slots
 from agent.state import State
 from agent.streams.local_link import LocalLink
 from agent.streams.running import PREFIX, Streams

@@ -26,8 +26,8 @@ import msgspec
 import numpy as np
 import psutil
 
-from agent.active import ActiveModel
 from agent.runtime.engine import Engine
+from agent.slots.active import ActiveModel
 from agent.state import State
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from agent.guard import Health
 from agent.runtime.port import Runner
+from agent.slots.guard import Health
 from edgeward.wire.package import Runtime, TensorSpec
 
 

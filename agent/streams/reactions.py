@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.active import ActiveModel
+from agent.slots.active import ActiveModel
 from agent.streams.actions import Gate
 from agent.streams.examples import Examples
 from agent.streams.execute import Executor

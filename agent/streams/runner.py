@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from agent.active import ActiveModel
 from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import WorkerStopped
+from agent.slots.active import ActiveModel
 from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
 from agent.streams.examples import Examples, make_examples

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.activation import Opened
-from agent.active import ActiveModel
 from agent.serving.messages import Request, Respond, Response, answer, refuse
 from agent.serving.refusal import Refusal
+from agent.slots.activation import Opened
+from agent.slots.active import ActiveModel
 from agent.state import State
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner

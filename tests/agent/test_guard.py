@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.guard import Guard, Health, judge, mark, percentile
+from agent.slots.guard import Guard, Health, judge, mark, percentile
 from edgeward.wire.slots import GuardPolicy
 
 

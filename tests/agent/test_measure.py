@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import measure
-from agent.measure import key, machine_key, trial_policy
 from agent.runtime.engine import Engine
+from agent.slots import measure
+from agent.slots.measure import key, machine_key, trial_policy
 from agent.state import MEASUREMENTS_KEPT, Measurement, State
 from edgeward.clock import SystemClock
 from edgeward.errors import RuntimeFault

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import prepare
 from agent.runtime.port import Done, Tensor, Timing
+from agent.slots import prepare
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 from edgeward.wire.slots import SlotPolicy

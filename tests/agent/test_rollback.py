@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.activation import Setup
 from agent.fetch import NoRoom
-from agent.guard import Guard
-from agent.slots import Slots
+from agent.slots.activation import Setup
+from agent.slots.guard import Guard
+from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock
 from edgeward.errors import DigestMismatch, TrustError

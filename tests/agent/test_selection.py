@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.selection import Candidate, choose, eligible, to_measure
+from agent.slots.selection import Candidate, choose, eligible, to_measure
 from edgeward.wire.slots import SlotPolicy
 
 MIB = 1 << 20

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import selftest
 from agent.runtime.port import Arrays
+from agent.slots import selftest
 from edgeward.errors import PackageError, RuntimeFault
 from edgeward.wire.package import GoldenTensor, GoldenVectors, TensorSpec
 from edgeward.wire.tensors import pack_elements

@@ -19,14 +19,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from agent.activation import Setup
 from agent.commands import register
 from agent.runtime.providers import Plan, Verdict
 from agent.runtime.providers import Rules as ProviderRules
 from agent.serving.metrics import exposition
 from agent.serving.statistics import Statistics
-from agent.slot_catalog import SlotCatalog
-from agent.slots import Slots
+from agent.slots.activation import Setup
+from agent.slots.catalog import SlotCatalog
+from agent.slots.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import RuntimeFault

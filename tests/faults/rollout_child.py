@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from agent.activation import Setup
 from agent.runtime.engine import Engine
-from agent.slots import Slots
+from agent.slots.activation import Setup
+from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock
 from edgeward.wire.desired import ModelRef, SlotTarget

@@ -13,8 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from agent import selftest
 from agent.runtime.engine import Engine
+from agent.slots import selftest
 from edgeward.clock import ManualClock
 from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, PackageError, UsageError
 from models import train as training

@@ -20,9 +20,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from agent.active import ActiveModel
 from agent.runtime.engine import Engine
 from agent.serving.messages import Request
+from agent.slots.active import ActiveModel
 from agent.state import State
 from agent.streams import runner as module
 from agent.streams import writer as writer_module

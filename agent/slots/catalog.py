@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from agent.active import ActiveModel
 from agent.serving.catalog import Served
-from agent.slots import Slots
+from agent.slots.active import ActiveModel
+from agent.slots.slots import Slots
 from edgeward.wire.reports import SlotReport
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import numpy as np
 
-from agent import measure, selftest
 from agent.runtime.compiled import INTO_FOLDER, INTO_MODEL
 from agent.runtime.engine import Engine
 from agent.runtime.port import Arrays, Runner
 from agent.runtime.tensors import to_tensors
+from agent.slots import measure, selftest
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 from edgeward.wire.slots import SlotPolicy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from agent.activation import Opened
-from agent.active import ActiveModel
+from agent.slots.activation import Opened
+from agent.slots.active import ActiveModel
 from agent.state import SlotRecord
 from agent.verify import VerifiedPackage
 from edgeward.wire.desired import ModelRef

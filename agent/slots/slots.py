@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Unpack
 
 from agent import delta, lifecycle
-from agent.activation import Activation, Opened, Refused, Setup
-from agent.active import ActiveModel, conditions, make_active
 from agent.fetch import NoRoom
-from agent.guard import Breach, crash_loop_breach
 from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step
-from agent.records import fallback, kept_beside, kept_blobs, needed, recorded
 from agent.runtime.engine import Engine
+from agent.slots.activation import Activation, Opened, Refused, Setup
+from agent.slots.active import ActiveModel, conditions, make_active
+from agent.slots.guard import Breach, crash_loop_breach
+from agent.slots.records import fallback, kept_beside, kept_blobs, needed, recorded
 from agent.state import SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock

@@ -11,7 +11,7 @@ import numpy as np
 from agent.runtime.engine import Engine
 from agent.runtime.port import Runner, Tensor, Timing
 from agent.runtime.tensors import to_tensors
-from agent.selftest import first_row
+from agent.slots.selftest import first_row
 from agent.state import Measurement
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from agent.activation import Opened
-from agent.guard import Guard, Health
 from agent.runtime.port import Runner
+from agent.slots.activation import Opened
+from agent.slots.guard import Guard, Health
 from agent.streams.sketches import LiveBaseline
 from agent.verify import VerifiedPackage
 from edgeward.clock import Clock

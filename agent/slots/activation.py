@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from agent import measure, prepare, selftest
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.providers import Plan, Rules, Verdict
 from agent.runtime.worker import DeadlineExceeded
-from agent.selection import Candidate, Choice, choose, eligible, to_measure
+from agent.slots import measure, prepare, selftest
+from agent.slots.selection import Candidate, Choice, choose, eligible, to_measure
 from agent.state import Measurement, SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
