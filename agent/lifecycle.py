@@ -1,4 +1,4 @@
-"""A slot's lifecycle: one table, pure. `step` decides, the shell in `agent/slots/slots.py` acts.
+"""A slot's lifecycle: one table, pure. `step` decides, the shell in `agent/slots/` acts.
 
 The running model is not part of the phase: it keeps serving until a candidate has become Active.
 """

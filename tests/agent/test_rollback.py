@@ -232,7 +232,7 @@ def test_a_disk_that_cannot_take_the_verdict_does_not_load_the_predecessor_at_ev
     assert state.tries == 1 and report(slots).running == bad and works(slots)
     assert report(slots).phase is Phase.ROLLING_BACK
     state.full = False
-    slots._again_at.clear()
+    slots._care._again_at.clear()
     active(slots, good, until)
     assert list(state.quarantined()) == [bad.digest]
 

@@ -239,7 +239,7 @@ def test_rows_are_joined_only_when_the_golden_rows_allow_it(
     wish(slots, mixed)
     until(lambda: report(slots).running == mixed)
     assert [batchable for *_, batchable in engine.opened] == [True, True, False]
-    assert not slots._records["default"].batchable
+    assert not slots._board.records["default"].batchable
 
 
 def test_a_restart_runs_on_as_before_without_network_or_measuring(
@@ -364,7 +364,7 @@ def test_a_model_that_is_replaced_while_it_is_tested_never_acts(
 
 
 def replace_record(slots: Slots, **changes: Any) -> SlotRecord:
-    return msgspec.structs.replace(slots._records["default"], **changes)
+    return msgspec.structs.replace(slots._board.records["default"], **changes)
 
 
 def test_a_wish_that_comes_while_the_activation_is_written_down_wins(
@@ -578,7 +578,7 @@ def test_a_batch_that_the_accelerator_cannot_take_is_never_joined(
     assert settled(slots, until).running == ref and doubles(slots)
     # The second worker compiles what the first one was spoilt for.
     assert engine.names == ["m:1 only compiles", "m:1 only compiles", "m:1"]
-    assert not engine.opened[-1][3] and not slots._records["default"].batchable
+    assert not engine.opened[-1][3] and not slots._board.records["default"].batchable
     wish(slots, ref, max_batch=16)
     until(lambda: slots.active("default").policy.max_batch == 16)
     assert engine.opened[-1][3]
@@ -631,7 +631,7 @@ def test_a_worker_that_ends_because_the_agent_does_says_nothing_of_its_model(
     open_slots: Any, releaser: Any, engine: Any, models: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(*arguments: Any, **more: Any) -> Any:
-        slots._stop = True
+        slots._board.stop = True
         raise RuntimeFault("its worker is gone")
 
     monkeypatch.setattr(engine, "open", opened)

@@ -1,0 +1,64 @@
+"""What a device's slots wish for and run: shared by what tries candidates and what looks after the running."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from agent.lifecycle import SlotState
+from agent.slots.active import ActiveModel
+from agent.state import SlotRecord
+from edgeward.clock import Clock
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.reports import Phase, SlotReport, VariantMeasure
+
+
+class Board:
+    """Change it with `lock` held only; call `changed` afterwards, without it.
+
+    `candidates` is how far the newest wish for each slot is, `active` what runs, `records` what is written
+    down of it, and `tables` what the newest choice of a variant was made from. `looping` holds the slots
+    whose running model is in a crash loop, with the losses that made it one, and `alone` those that break
+    their guard and have nothing to go back to, with the reason.
+    """
+
+    def __init__(self, records: Mapping[str, SlotRecord], clock: Clock, changed: Callable[[], None]) -> None:
+        self.lock = threading.Condition()
+        self.clock = clock
+        self.changed = changed
+        self.records = dict(records)
+        self.candidates: dict[str, SlotState] = {}
+        self.active: dict[str, ActiveModel] = {}
+        self.tables: dict[str, tuple[VariantMeasure, ...]] = {}
+        self.looping: dict[str, int] = {}
+        self.alone: dict[str, str] = {}
+        self.stop = False
+
+    def report(self) -> dict[str, SlotReport]:
+        with self.lock:
+            names = set(self.candidates) | set(self.active)
+            return {name: self._report_one(name) for name in sorted(names)}
+
+    def _report_one(self, name: str) -> SlotReport:
+        candidate, active = self.candidates.get(name), self.active.get(name)
+        record = self.records.get(name, SlotRecord())
+        unwished = Phase.DEGRADED if name in self.looping else Phase.ACTIVE
+        return SlotReport(
+            phase=candidate.phase if candidate else unwished,
+            reason=candidate.reason if candidate else "",
+            message=candidate.message if candidate else "",
+            measured=candidate.measured if candidate else None,
+            limit=candidate.limit if candidate else None,
+            since=candidate.since if candidate else 0.0,
+            deadline=(candidate.retry_at or None) if candidate else None,
+            target=candidate.target if candidate else None,
+            running=active.ref if active else None,
+            previous=record.previous,
+            variant=active.package.variant.name if active else "",
+            provider=active.runner.provider if active else "",
+            variants=list(self.tables.get(name, ())),
+        )
+
+
+def runner_name(ref: ModelRef) -> str:
+    return f"{ref.model}:{ref.version}"
