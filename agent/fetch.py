@@ -81,12 +81,6 @@ class BlobStore:
                 freed += size
         return freed
 
-    def drop(self, digest: str) -> None:
-        """Remove it, and what has arrived of it."""
-        path = self.path(digest)
-        path.unlink(missing_ok=True)
-        path.with_suffix(".part").unlink(missing_ok=True)
-
     def fetch(self, transport: Transport, digest: str, size: int, clock: Clock) -> Path:
         """Download `/artifacts/{digest}` of exactly `size` bytes, going on where an earlier try stopped.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +171,19 @@ class Verifier:
         for blob in (variant.blob, manifest.golden.blob):
             self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
 
-    def drop(self, digests: Iterable[str]) -> None:
-        """Remove blobs that nothing needs any more."""
-        for digest in digests:
-            self._blobs.drop(digest)
-
-    def collect(self, refs: Iterable[ModelRef]) -> int:
-        """Remove every blob that belongs to none of these models; bytes that are free again.
+    def collect(self, kept: Mapping[ModelRef, Collection[str] | None]) -> int:
+        """Remove every blob but these models' manifests, golden vectors and those variants' blobs that are
+        named (None: all of them); bytes that are free again.
 
         Raises EdgewardError, and removes nothing, when what one of them consists of cannot be read.
         """
         keep: set[str] = set()
-        for ref in refs:
+        for ref, blobs in kept.items():
             keep.add(ref.digest)
             if self._blobs.path(ref.digest).exists():  # else it is still to come
-                keep |= {blob.digest for blob in self.reopen_manifest(ref).blobs()}
+                manifest = self.reopen_manifest(ref)
+                everything = {blob.digest for blob in manifest.blobs()}
+                keep |= everything if blobs is None else {manifest.golden.blob.digest, *blobs}
         return self._blobs.collect(keep)
 
     def _take(self, digest: str, size: int) -> None:

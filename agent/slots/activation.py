@@ -211,14 +211,6 @@ class Activation:
         runner, condition = self._open(package, record.policy, batchable)
         return Opened(package, runner, batchable, condition, tuple(record.variants))
 
-    def drop_losers(self, manifest: Manifest, keep: Iterable[str]) -> None:
-        """Remove the variants' blobs that are not in `keep`; the manifest says what they were, should one be
-        wanted again. One that cannot be removed costs its room only."""
-        try:
-            self._verifier.drop({variant.blob.digest for variant in manifest.variants}.difference(keep))
-        except OSError as error:
-            log.warning("%s:%d: blobs stay on the disk: %s", manifest.model, manifest.version, error)
-
     def sweep(self, keep: Iterable[str]) -> None:
         """Remove the compiled forms of every blob that is not in `keep`."""
         folder = self._setup.compiled

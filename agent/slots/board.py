@@ -12,6 +12,9 @@ from edgeward.clock import Clock
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase, SlotReport, VariantMeasure
 
+#: What is wished for runs.
+RUNNING = (Phase.ACTIVE, Phase.DEGRADED)
+
 
 class Board:
     """Change it with `lock` held only; call `changed` afterwards, without it.
@@ -19,7 +22,8 @@ class Board:
     `candidates` is how far the newest wish for each slot is, `active` what runs, `records` what is written
     down of it, and `tables` what the newest choice of a variant was made from. `looping` holds the slots
     whose running model is in a crash loop, with the losses that made it one, and `alone` those that break
-    their guard and have nothing to go back to, with the reason.
+    their guard and have nothing to go back to, with the reason. `untidy`: the disk may hold what no slot
+    needs, since a killed agent could not remove it or wishes have changed.
     """
 
     def __init__(self, records: Mapping[str, SlotRecord], clock: Clock, changed: Callable[[], None]) -> None:
@@ -32,6 +36,7 @@ class Board:
         self.tables: dict[str, tuple[VariantMeasure, ...]] = {}
         self.looping: dict[str, int] = {}
         self.alone: dict[str, str] = {}
+        self.untidy = False
         self.stop = False
 
     def report(self) -> dict[str, SlotReport]:

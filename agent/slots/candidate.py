@@ -132,7 +132,6 @@ class Candidates:
         walk.tell()
         if old is not None:
             old.runner.stop()
-        self._disk.drop_losers(opened.package)
         self._disk.sweep()
         self._disk.collect()
 

@@ -6,10 +6,10 @@ import logging
 import sqlite3
 
 from agent.slots.activation import Activation
-from agent.slots.board import Board
-from agent.slots.records import kept_beside, kept_blobs, needed
+from agent.slots.board import RUNNING, Board
+from agent.slots.records import kept, kept_blobs
 from agent.state import State
-from agent.verify import VerifiedPackage, Verifier
+from agent.verify import Verifier
 from edgeward.errors import EdgewardError
 
 log = logging.getLogger(__name__)
@@ -23,12 +23,13 @@ class Disk:
         self._activation = activation
 
     def collect(self) -> None:
-        """Remove the blobs of models that no slot runs, may go back to, or is on its way to."""
+        """Remove the blobs that no slot runs, may go back to, or is on its way to."""
         try:
             condemned = self._state.quarantined()
-            with self._board.lock:
-                targets = [state.target for state in self._board.candidates.values()]
-                models = needed(self._board.records.values(), targets, condemned)
+            board = self._board
+            with board.lock:
+                wanted = [state.target for state in board.candidates.values() if state.phase not in RUNNING]
+                models = kept(board.records.values(), board.active.values(), wanted, condemned)
             freed = self._verifier.collect(models)
         except (EdgewardError, OSError, sqlite3.Error) as error:
             log.warning("old blobs stay on the disk: %s", error)
@@ -39,8 +40,3 @@ class Disk:
     def sweep(self) -> None:
         """Compiled forms stay with the blobs that a slot runs or may go back to."""
         self._activation.sweep(kept_blobs(self._board.records.values(), self._board.active.values()))
-
-    def drop_losers(self, package: VerifiedPackage) -> None:
-        keep = kept_beside(package, self._board.records.values(), self._board.active.values())
-        if keep is not None:
-            self._activation.drop_losers(package.manifest, keep)

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from agent.slots.activation import Opened
 from agent.slots.active import ActiveModel
 from agent.state import SlotRecord
-from agent.verify import VerifiedPackage
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.slots import SlotPolicy
 
@@ -43,12 +42,30 @@ def fallback(record: SlotRecord) -> SlotRecord | None:
     )
 
 
-def needed(
-    records: Collection[SlotRecord], targets: Collection[ModelRef], condemned: Collection[str]
-) -> set[ModelRef]:
-    """The models whose blobs stay: what slots run, may go back to, and want, unless its digest is refused for good."""
-    wanted = {ref for record in records for ref in (record.running, record.previous) if ref is not None}
-    return wanted | {ref for ref in targets if ref.digest not in condemned}
+def kept(
+    records: Collection[SlotRecord],
+    active: Collection[ActiveModel],
+    wanted: Collection[ModelRef],
+    condemned: Collection[str],
+) -> dict[ModelRef, set[str] | None]:
+    """The models that stay on the disk, and the variants' blobs of each; None: all of them.
+
+    That is what slots run and may go back to, as they run it, and the whole of what they want (which of its
+    variants is not chosen yet), unless its digest is refused for good.
+    """
+    found: dict[ModelRef, set[str] | None] = {ref: None for ref in wanted if ref.digest not in condemned}
+    pairs = [(record.running, record.blob) for record in records]
+    pairs += [(record.previous, record.previous_blob) for record in records]
+    # Not what is written down where that variant's runtime was taken away.
+    pairs += [(model.ref, model.package.variant.blob.digest) for model in active]
+    for ref, blob in pairs:
+        if ref is None:
+            continue
+        if not blob:
+            found[ref] = None  # an older agent did not write down which of its variants that is
+        elif (blobs := found.setdefault(ref, set())) is not None:
+            blobs.add(blob)
+    return found
 
 
 def kept_blobs(records: Collection[SlotRecord], active: Collection[ActiveModel]) -> set[str]:
@@ -56,17 +73,3 @@ def kept_blobs(records: Collection[SlotRecord], active: Collection[ActiveModel])
     kept = {blob for record in records for blob in (record.blob, record.previous_blob)}
     # Not what is written down where that variant's runtime was taken away, or an older agent wrote.
     return kept | {model.package.variant.blob.digest for model in active}
-
-
-def kept_beside(
-    package: VerifiedPackage, records: Collection[SlotRecord], active: Collection[ActiveModel]
-) -> set[str] | None:
-    """What must stay when the other variants of `package` go: what no slot runs or may go back to, and what
-    none needs to start again. None when that is not known."""
-    keep = kept_blobs(records, active)
-    for record in records:
-        keep |= {ref.digest for ref in (record.running, record.previous) if ref is not None}
-        for ref, blob in ((record.running, record.blob), (record.previous, record.previous_blob)):
-            if ref == package.ref and not blob:
-                return None  # an older agent did not write down which of its variants that is
-    return keep | {model.package.manifest.golden.blob.digest for model in active}

@@ -11,7 +11,7 @@ from agent import lifecycle
 from agent.runtime.engine import Engine
 from agent.slots.activation import Activation, Opened, Setup
 from agent.slots.active import ActiveModel, conditions, make_active
-from agent.slots.board import Board
+from agent.slots.board import RUNNING, Board
 from agent.slots.candidate import MISMATCH, Candidates, Replaced
 from agent.slots.care import Care
 from agent.slots.disk import Disk
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 #: How often what runs is looked after.
 LOOK_SECONDS = 0.5
-
-_HELD = (Phase.ACTIVE, Phase.DEGRADED)
 
 
 class Slots:
@@ -65,9 +63,6 @@ class Slots:
                     continue
                 self._board.active[name] = make_active(opened, record.policy, self._board.clock)
                 self._board.tables[name] = opened.table
-        for model in self._board.active.values():
-            # What the last run was killed before it could remove.
-            self._disk.drop_losers(model.package)
         self._disk.sweep()
         self._thread.start()
 
@@ -94,7 +89,7 @@ class Slots:
                 running, candidate = self._board.active.get(name), self._board.candidates.get(name)
                 held = running is not None and (running.ref, running.policy) == wanted
                 known = candidate is not None and (candidate.target, candidate.policy) == wanted
-                if known and candidate is not None and (candidate.phase in _HELD) == held:
+                if known and candidate is not None and (candidate.phase in RUNNING) == held:
                     mismatched = candidate.reason == MISMATCH  # the streams may be others now
                     if not mismatched:
                         continue
@@ -107,6 +102,7 @@ class Slots:
                     )
             for name in set(self._board.candidates) - set(targets):
                 del self._board.candidates[name]
+            self._board.untidy = True
             self._board.lock.notify_all()
         self._board.changed()
 
@@ -120,7 +116,7 @@ class Slots:
     def settled(self) -> bool:
         """Whether every wish has come to its end, good or bad."""
         with self._board.lock:
-            ended = (*_HELD, Phase.QUARANTINED)
+            ended = (*RUNNING, Phase.QUARANTINED)
             return all(state.phase in ended for state in self._board.candidates.values())
 
     def crash_looped(self, name: str, losses: int, seconds: float) -> None:
@@ -146,9 +142,13 @@ class Slots:
                 if self._board.stop:
                     return
                 due = self._candidates.next_due()
-                if due is None:
+                if due is None and not self._board.untidy:
                     self._board.lock.wait(LOOK_SECONDS)
                     continue
+            if due is None:
+                self._board.untidy = False
+                self._disk.collect()
+                continue
             # A newer wish may come while the reason for stopping is being written down.
             with contextlib.suppress(Replaced):
                 self._candidates.advance(*due)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,8 +169,13 @@ class Releaser:
             raise Unavailable("no network")
         return self.manifests[ref.digest]
 
-    def collect(self, refs: Iterable[ModelRef]) -> int:
-        self.kept = {ref.version for ref in refs}
+    def collect(self, kept: Mapping[ModelRef, Collection[str] | None]) -> int:
+        self.kept = {ref.version for ref in kept}
+        known = {digest: {blob.digest for blob in made.blobs()} for digest, made in self.manifests.items()}
+        keep = {ref.digest for ref in kept}
+        for ref, blobs in kept.items():
+            keep |= known[ref.digest] if blobs is None else {"0" * 64, *blobs}
+        self.dropped = {digest for blobs in known.values() for digest in blobs} - keep
         return 0
 
     def reopen_manifest(self, ref: ModelRef) -> Manifest:
@@ -185,9 +190,6 @@ class Releaser:
         self.dropped.discard(variant.blob.digest)
         if earlier:
             self.bases[manifest.version] = list(earlier)
-
-    def drop(self, digests: Iterable[str]) -> None:
-        self.dropped |= set(digests)
 
     def open(self, ref: ModelRef, manifest: Manifest, variant: Variant) -> VerifiedPackage:
         assert variant.blob.digest not in self.dropped, "it is not on the disk any more"

@@ -10,27 +10,11 @@ import pytest
 
 from agent.fetch import BlobStore
 from agent.verify import Verifier
-from edgeward.clock import SystemClock
 from edgeward.errors import EdgewardError
 from edgeward.storage import sha256_hex
 from edgeward.wire import API_VERSION
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.package import Blob, Golden, Lineage, Manifest, Variant
-
-
-def test_a_dropped_blob_is_gone_with_what_had_arrived_of_it(tmp_path: Path) -> None:
-    blobs = BlobStore(tmp_path / "blobs")
-    lost, kept, partial = (sha256_hex(name) for name in (b"lost", b"kept", b"partial"))
-    blobs.path(lost).write_bytes(b"lost")
-    blobs.path(kept).write_bytes(b"kept")
-    blobs.path(partial).with_suffix(".part").write_bytes(b"par")
-    nothing: Any = None
-    verifier = Verifier(tmp_path / "tuf", b"", blobs, nothing, SystemClock())
-    verifier.drop([lost, partial, sha256_hex(b"never here")])
-    assert [path.name for path in blobs.folder.iterdir()] == [kept]
-    with pytest.raises(EdgewardError):
-        verifier.drop(["../tuf"])
-    assert (tmp_path / "tuf").is_dir()
 
 
 def test_a_models_blobs_stay_with_its_manifest_and_what_is_still_to_come(tmp_path: Path) -> None:
@@ -54,16 +38,20 @@ def test_a_models_blobs_stay_with_its_manifest_and_what_is_still_to_come(tmp_pat
     coming = ModelRef("m", 3, sha256_hex(b"coming"))
     blobs.path(coming.digest).with_suffix(".part").write_bytes(b"com")
     before = {path.name for path in blobs.folder.iterdir()}
-    assert verifier.collect(refs.values()) == 3 and len(before) == 7
+    assert verifier.collect(dict.fromkeys(refs.values())) == 3 and len(before) == 7
     blobs.path(coming.digest).with_suffix(".part").write_bytes(b"com")
     blobs.path(refs[1].digest).write_bytes(b"damaged")
     with pytest.raises(EdgewardError):
-        verifier.collect(refs.values())
+        verifier.collect(dict.fromkeys(refs.values()))
     assert len(list(blobs.folder.iterdir())) == 6, (
         "what is not known to be old stays; the damaged one is gone"
     )
-    assert verifier.collect([refs[2], coming]) > 0
+    assert verifier.collect({refs[2]: None, coming: None}) > 0
     left = {path.name for path in blobs.folder.iterdir()}
     assert left == {
         refs[2].digest, sha256_hex(b"\x08\x08\x12\x04test2"), sha256_hex(b"golden2"), f"{coming.digest}.part",
     }  # fmt: skip
+    # Of which no variant is needed: what says what it was stays, and what it was tested with.
+    assert verifier.collect({refs[2]: set()}) > 0
+    left = {path.name for path in blobs.folder.iterdir()}
+    assert left == {refs[2].digest, sha256_hex(b"golden2")}
