@@ -71,14 +71,23 @@ def serve(
     broker: Annotated[
         str | None, typer.Option(help="mqtt:// or mqtts:// address; default: as enrolled.")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TABLE=DAYS",
+            help="How long a table is kept, by event time; may be repeated. Default: for ever.",
+        ),
+    ] = None,
 ) -> None:
     """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
 
-    Example: `edgeward trends serve --dir store`
+    Example: `edgeward trends serve --dir store --keep results=90 --keep samples=14`
     """
     from edgeward.clock import SystemClock
+    from trends.upkeep import parse_retention
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    retention = parse_retention(keep or [])
     store = _open(folder)
     stop, ready = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +99,7 @@ def serve(
 
     threading.Thread(target=announce, daemon=True).start()
     try:
-        store.serve(broker, SystemClock(), stop, ready)
+        store.serve(broker, SystemClock(), stop, ready, retention)
     finally:
         store.close()
 

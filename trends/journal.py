@@ -200,3 +200,13 @@ class Journal:
     def forget_gaps(self, last_id: int) -> None:
         with self.transaction():
             self._db.execute("DELETE FROM gap WHERE id<=?", (last_id,))
+
+    def settled(self, table: str) -> int:
+        """Up to which version a table was settled where it lies; -1 for none."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM meta WHERE key=?", (f"settled {table}",)).fetchone()
+        return -1 if row is None else int(row[0])
+
+    def set_settled(self, table: str, version: int) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (f"settled {table}", str(version)))

@@ -16,7 +16,8 @@ from edgeward.errors import UsageError
 from edgeward.wire.topics import LANES
 from trends.journal import Journal
 from trends.quantiles import quantiles
-from trends.tables import SCHEMAS, TABLE_OF, Tables, gaps_to_arrow, to_arrow
+from trends.schemas import SCHEMAS, TABLE_OF, gaps_to_arrow, to_arrow
+from trends.tables import Tables
 
 GROUPS = ("site", "device", "stream", "digest", "variant", "provider", "series")
 

@@ -16,11 +16,13 @@ from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
 from trends.tables import Tables
+from trends.upkeep import Retention, Upkeep
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
 FLUSH_ROWS = 20_000
+UPKEEP_SECONDS = 3600.0
 
 
 class Store:
@@ -37,11 +39,17 @@ class Store:
         self.journal.close()
 
     def serve(
-        self, broker_url: str | None, clock: Clock, stop: threading.Event, ready: threading.Event
+        self,
+        broker_url: str | None,
+        clock: Clock,
+        stop: threading.Event,
+        ready: threading.Event,
+        retention: Retention | None = None,
     ) -> None:
         """Ingest until `stop`; rows move to the tables every few seconds and at the end.
 
-        Raises Conflict when another process serves this folder.
+        Raises Conflict when another process serves this folder, EdgewardError for a table that a power cut
+        has left as only a person can decide.
         """
         lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -50,6 +58,7 @@ class Store:
             os.close(lock)
             raise Conflict(f"another process serves {self.folder}", hint="stop it first") from None
         try:
+            self.tables.repair()
             identity = Identity(self.folder, clock)
             ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock)
             ingest.denied = identity.denied
@@ -66,7 +75,7 @@ class Store:
             ingester.start()
             ready.set()
             try:
-                self._flush_until(stop, ingest)
+                self._flush_until(stop, ingest, Upkeep(self.tables, retention or Retention()), clock)
             finally:
                 ingester.stop()
                 self.tables.flush()
@@ -74,8 +83,8 @@ class Store:
         finally:
             os.close(lock)
 
-    def _flush_until(self, stop: threading.Event, ingest: Ingest) -> None:
-        waited = 0.0
+    def _flush_until(self, stop: threading.Event, ingest: Ingest, upkeep: Upkeep, clock: Clock) -> None:
+        waited, kept_up = 0.0, clock.monotonic() - UPKEEP_SECONDS
         while not stop.wait(0.5):
             waited += 0.5
             if waited >= FLUSH_SECONDS or self.journal.count() >= FLUSH_ROWS:
@@ -87,3 +96,9 @@ class Store:
                 else:
                     if moved:
                         log.info("moved %d rows to the tables; %s", moved, dict(ingest.counts))
+            if clock.monotonic() - kept_up >= UPKEEP_SECONDS:
+                kept_up = clock.monotonic()
+                try:
+                    upkeep.run(clock.now())
+                except Exception as error:  # noqa: BLE001  # nor must this: it is tried again within the hour
+                    log.error("cannot keep the tables up: %s", error)

@@ -2,131 +2,67 @@
 
 A commit carries an application transaction `(journal identity and lane, last journal id)` (Delta
 protocol, "transaction identifiers"). After a crash the table itself says up to which journal id it has
-the rows. deltalake never calls fsync, so the new files, the log entry and their folders are flushed
-here before the journal lets go of the rows.
+the rows. The journal lets go of rows once the place where the tables lie has settled the commit.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import msgspec
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
-from edgeward.storage import fsync_folder
-from edgeward.wire.rows import ROW_TYPES, AlarmRow, ResultRow, SampleRow, TrendRow
-from edgeward.wire.topics import LANES, Lane
-from trends.journal import GapRow, Journal, Stored
+from edgeward.wire.topics import LANES
+from trends.journal import Journal
+from trends.local_files import LocalFolder
+from trends.schemas import PARTITIONS, TABLE_OF, gaps_to_arrow, to_arrow
 
-log = logging.getLogger(__name__)
-
-_TIME = pa.timestamp("us", tz="UTC")
-_NUMBERS = pa.map_(pa.string(), pa.float64())
-
-_ORIGIN = [
-    ("date", pa.string()),
-    ("site", pa.string()),
-    ("device", pa.string()),
-    ("epoch", pa.string()),
-    ("seq", pa.int64()),
-    ("received", _TIME),
-]
-_LINEAGE = [
-    ("stream", pa.string()),
-    ("revision", pa.int64()),
-]
-_MODEL = [("digest", pa.string()), ("variant", pa.string()), ("provider", pa.string())]
-_SOURCE = [("key", pa.string()), ("source_epoch", pa.string()), ("source_seq", pa.int64())]
-
-SCHEMAS: dict[str, pa.Schema] = {
-    "results": pa.schema(
-        [*_ORIGIN, ("event_time", _TIME), *_LINEAGE, *_SOURCE, *_MODEL, ("outputs", _NUMBERS), ("alarm", pa.bool_())]
-    ),
-    "alarms": pa.schema(
-        [*_ORIGIN, ("event_time", _TIME), *_LINEAGE, *_SOURCE, *_MODEL, ("value", pa.float64()), ("threshold", pa.float64())]
-    ),
-    "samples": pa.schema([*_ORIGIN, ("event_time", _TIME), *_LINEAGE, *_SOURCE, ("values", _NUMBERS)]),
-    "trends": pa.schema(
-        [
-            *_ORIGIN, ("bucket", _TIME), ("width", pa.int64()), *_LINEAGE, *_MODEL, ("series", pa.string()),
-            ("count", pa.int64()), ("missing", pa.int64()), ("mean", pa.float64()), ("m2", pa.float64()),
-            ("minimum", pa.float64()), ("maximum", pa.float64()),
-            ("edges", pa.list_(pa.float64())), ("histogram", pa.list_(pa.int64())),
-            ("sketch", pa.binary()),
-        ]
-    ),
-    "gaps": pa.schema(
-        [
-            ("site", pa.string()), ("device", pa.string()), ("epoch", pa.string()), ("lane", pa.string()),
-            ("first_seq", pa.int64()), ("last_seq", pa.int64()), ("reason", pa.string()),
-            ("first_event_time", _TIME), ("last_event_time", _TIME), ("received", _TIME),
-        ]
-    ),
-}  # fmt: skip
-
-TABLE_OF: dict[Lane, str] = {"result": "results", "alarm": "alarms", "trend": "trends", "sample": "samples"}
-_PARTITIONS = {"results": ["date"], "alarms": ["date"], "trends": ["date"], "samples": ["date"], "gaps": []}
-_DAY_US = 86_400_000_000
+#: Checkpoints are made by the store's upkeep, which settles them before it removes what they sum up.
+NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
 
-def _date(event_time: int) -> str:
-    """The UTC day of a time in microseconds since 1970, as YYYY-MM-DD."""
-    day = datetime.date(1970, 1, 1) + datetime.timedelta(days=event_time // _DAY_US)
-    return day.isoformat()
+class Place(Protocol):
+    """Where tables lie. `options` are deltalake's storage options."""
 
+    @property
+    def options(self) -> dict[str, str] | None: ...
 
-def to_arrow(lane: Lane, stored: list[Stored]) -> pa.Table:
-    """Journal rows as the Arrow table of their lane."""
-    schema = SCHEMAS[TABLE_OF[lane]]
-    decode = msgspec.msgpack.Decoder(ROW_TYPES[lane]).decode
-    rows: list[Any] = [decode(item.row) for item in stored]
-    times = [row.bucket if isinstance(row, TrendRow) else row.event_time for row in rows]
-    days: dict[int, str] = {}
-    columns: dict[str, list[Any]] = {
-        "date": [days.get(at // _DAY_US) or days.setdefault(at // _DAY_US, _date(at)) for at in times],
-        "site": [item.site for item in stored],
-        "device": [item.device for item in stored],
-        "epoch": [item.epoch for item in stored],
-        "seq": [item.seq for item in stored],
-        "received": [item.received for item in stored],
-    }
-    kind: type[ResultRow | AlarmRow | SampleRow | TrendRow] = ROW_TYPES[lane]
-    for field in kind.__struct_fields__:
-        values = [getattr(row, field) for row in rows]
-        if values and isinstance(values[0], dict):
-            values = [list(value.items()) for value in values]
-        columns[field] = values
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    def uri(self, table: str) -> str: ...
 
+    def settle(self, table: str, done: int) -> int:
+        """Make what was committed after version `done` outlast a power cut; the newest version."""
 
-def gaps_to_arrow(gaps: list[GapRow]) -> pa.Table:
-    schema = SCHEMAS["gaps"]
-    return pa.table(
-        [pa.array([getattr(gap, field.name) for gap in gaps], field.type) for field in schema], schema=schema
-    )
+    def settle_checkpoint(self, table: str) -> None:
+        """Make the newest checkpoint outlast a power cut."""
+
+    def repair(self, table: str, done: int) -> None:
+        """Take back what was committed after version `done` and has not outlasted one."""
 
 
 class Tables:
-    """The Delta tables in one folder. `between` is called between two durable steps (fault tests)."""
+    """The Delta tables in one place. `between` is called between two durable steps (fault tests)."""
 
     def __init__(
-        self, folder: Path, journal: Journal, *, between: Callable[[str], None] = lambda step: None
+        self, place: Path | Place, journal: Journal, *, between: Callable[[str], None] = lambda step: None
     ) -> None:
-        self._folder = folder
+        self._place = LocalFolder(place) if isinstance(place, Path) else place
         self._journal = journal
         self._between = between
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def uri(self, table: str) -> Path:
-        return self._folder / table
+    def repair(self) -> None:
+        """To be called once before the first flush. Raises EdgewardError, with what a person must do."""
+        for table in PARTITIONS:
+            self._place.repair(table, self._journal.settled(table))
+
+    def uri(self, table: str) -> str:
+        return self._place.uri(table)
+
+    @property
+    def options(self) -> dict[str, str] | None:
+        return self._place.options
 
     def flush(self, limit: int = 50_000) -> int:
         """Move all waiting rows, `limit` per commit; returns how many moved."""
@@ -150,13 +86,13 @@ class Tables:
         """Finish what a crash interrupted: rows that the table holds already leave the journal."""
         _, done = self.snapshot(table)
         if done:
-            self._sync(table)
+            self.settle(table)
             forget(done)
 
     def snapshot(self, table: str) -> tuple[DeltaTable | None, int]:
         """The table as it is now and the last journal id that it holds; (None, 0) before its first commit."""
         try:
-            opened = DeltaTable(str(self.uri(table)))
+            opened = DeltaTable(self.uri(table), storage_options=self.options)
         except TableNotFoundError:
             return None, 0
         return opened, int(opened.transaction_version(self._app(table)) or 0)
@@ -166,36 +102,25 @@ class Tables:
 
     def _move(self, table: str, rows: pa.Table, last_id: int) -> None:
         write_deltalake(
-            str(self.uri(table)),
+            self.uri(table),
             rows,
             mode="append",
             schema_mode="merge",  # a table from an older store gets the columns that came since
-            partition_by=_PARTITIONS[table] or None,
+            partition_by=PARTITIONS[table] or None,
+            storage_options=self.options,
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
+            post_commithook_properties=NO_HOOKS,
         )
         self._between("committed")
-        self._sync(table)
+        self.settle(table)
         self._between("synced")
 
-    def _sync(self, table: str) -> None:
-        """fsync the files of the newest log entry, the entry itself, and every folder above them."""
-        opened, _ = self.snapshot(table)
-        if opened is None:
-            return
-        root = self.uri(table)
-        entry = root / "_delta_log" / f"{opened.version():020d}.json"
-        files = [entry]
-        for line in entry.read_text().splitlines():
-            added = json.loads(line).get("add")
-            if added:
-                files.append(root / added["path"])
-        folders = {root, self._folder}
-        for file in files:
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            folders.add(file.parent)
-        for folder in folders:
-            fsync_folder(folder)
+    def settle_checkpoint(self, table: str) -> None:
+        self._place.settle_checkpoint(table)
+
+    def settle(self, table: str) -> None:
+        """What is committed outlasts a power cut when this returns."""
+        done = self._journal.settled(table)
+        version = self._place.settle(table, done)
+        if version != done:
+            self._journal.set_settled(table, version)

@@ -19,7 +19,8 @@ from trends import tables as tables_module
 from trends.journal import Journal, Stored
 from trends.quantiles import MAX_BYTES, quantiles, read_sketch
 from trends.query import Queries
-from trends.tables import SCHEMAS, Tables
+from trends.schemas import SCHEMAS
+from trends.tables import Tables
 
 START = 1_700_000_000 * 1_000_000 // 3_600_000_000 * 3_600_000_000
 
