@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
     simulate = typer.Typer(help="Stand in for a plant: sensors, and the whole demo.", no_args_is_help=True)
     simulate.command(name="sensors")(sensors)
+    simulate.command(name="link")(link)
     simulate.command(name="demo")(demo)
     app.add_typer(simulate, name="simulate")
 
@@ -71,6 +72,44 @@ def sensors(
         print(f"{name}: all {progress.total} rows are sent", flush=True)
     else:
         print(f"{name}: all {progress.total} rows are durable, {progress.repeats} repeats", flush=True)
+
+
+def link(
+    broker: Annotated[str, typer.Option("--broker", help="mqtt://host:port of the real one, without TLS.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Listen here; 0: a free one.")] = 0,
+    lost: Annotated[float, typer.Option("--lost", min=0, max=1, help="Share of packets lost.")] = 0.1,
+    doubled: Annotated[float, typer.Option("--doubled", min=0, max=1, help="Share that comes twice.")] = 0.1,
+    reordered: Annotated[
+        float, typer.Option("--reordered", min=0, max=1, help="Share that later ones overtake.")
+    ] = 0.1,
+    cut: Annotated[
+        float, typer.Option("--cut", min=0, max=1, help="Chance per packet that the connection ends.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="The same faults again.")] = 0,
+) -> None:
+    """Stand between clients and a broker as a bad link, until Ctrl-C.
+
+    Example: `edgeward simulate link --broker mqtt://127.0.0.1:1883 --port 1884 --lost 0.1`
+    """
+    import asyncio
+    from urllib.parse import urlsplit
+
+    from simulators.fault_proxy import FaultProxy, Faults, serve
+
+    address = urlsplit(broker)
+    if address.scheme != "mqtt" or not address.hostname:
+        raise UsageError(f"{broker!r} is no broker to stand before", hint="expected mqtt://host:port")
+    faults = Faults(lost, doubled, reordered, cut)
+    proxy = FaultProxy(address.hostname, address.port or 1883, faults, seed=seed)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(proxy, port, lambda at: print(f"mqtt://127.0.0.1:{at}", flush=True), stop)
+
+    asyncio.run(run())
+    print(", ".join(f"{name}: {number}" for name, number in sorted(proxy.counts.items())), flush=True)
 
 
 def demo(
