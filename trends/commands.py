@@ -196,26 +196,63 @@ def _print(answer: pa.Table, output: str) -> None:
 
 def verify(
     folder: Folder,
-    produced: Annotated[Path, typer.Option(help="JSON lines: device, stream, epoch, first_seq, last_seq.")],
+    produced: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with what was produced; JSON lines: device, stream, epoch, first_seq, last_seq."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
-    """Check that every produced sample is stored exactly once. Exit code 1 when it is not.
+    """Check that everything is stored exactly once. Exit code 1 when it is not.
 
-    Example: `edgeward trends verify --dir store --produced produced.jsonl`
+    Without --produced: that of every lane of every device each number is stored once, or in one gap with its
+    reason. With it: that every produced sample is a result exactly once.
+
+    Examples: `edgeward trends verify --dir store`
+    `edgeward trends verify --dir store --produced produced.jsonl`
     """
     store = _open(folder)
+    try:
+        good = (
+            _verify_lanes(store, as_json) if produced is None else _verify_produced(store, produced, as_json)
+        )
+    finally:
+        store.close()
+    if not good:
+        raise typer.Exit(1)
+
+
+def _verify_produced(store: Store, produced: Path, as_json: bool) -> bool:
     from trends.verify import read_produced
     from trends.verify import verify as check
 
-    try:
-        verdict = check(store.queries, read_produced(produced))
-    finally:
-        store.close()
+    verdict = check(store.queries, read_produced(produced))
     if as_json:
         print(json.dumps({field: getattr(verdict, field) for field in verdict.__struct_fields__}))
     else:
         out.print(
             f"produced {verdict.produced}, stored {verdict.stored}, lost {verdict.lost}, duplicated {verdict.duplicated}"
         )
-    if verdict.lost or verdict.duplicated:
-        raise typer.Exit(1)
+    return not (verdict.lost or verdict.duplicated)
+
+
+def _verify_lanes(store: Store, as_json: bool) -> bool:
+    from trends.completeness import lanes
+
+    found = lanes(store.queries)
+    if as_json:
+        print(
+            json.dumps([{field: getattr(lane, field) for field in lane.__struct_fields__} for lane in found])
+        )
+    else:
+        for lane in found:
+            said = "ok" if not (lane.missing or lane.twice) else f"{lane.missing} missing, {lane.twice} twice"
+            out.print(
+                f"{lane.site}/{lane.device} {lane.lane} {lane.epoch}: {lane.first} to {lane.last},"
+                f" {lane.stored} stored, {lane.in_gaps} in gaps: {said}",
+                highlight=False,
+            )
+        if not found:
+            out.print("nothing is stored yet")
+    return not any(lane.missing or lane.twice for lane in found)
