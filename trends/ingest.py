@@ -13,21 +13,32 @@ import queue
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, TrustError
 from edgeward.identifiers import DeviceName
+from edgeward.intervals import Interval, clip, contains, missing, size
 from edgeward.mqtt import Broker, Link, Message
 from edgeward.trust.certificates import DeviceIdentity, TrustAnchor
 from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import Opened, UnknownSigner, open_envelope, seal
-from edgeward.wire.rows import AHEAD_US, EARLIEST_US, MAX_BATCH_ROWS, ROW_TYPES, Ack, Batch, split_rows
+from edgeward.wire.rows import (
+    AHEAD_US,
+    EARLIEST_US,
+    MAX_ACK_RANGES,
+    ROW_TYPES,
+    Ack,
+    Batch,
+    Lost,
+    split_rows,
+)
 from edgeward.wire.topics import Lane
 from trends.journal import Journal
+from trends.losses import losses, share
 from trends.sequence import decide
 
 log = logging.getLogger(__name__)
@@ -43,6 +54,16 @@ class Reply:
 
     topic: str
     ack: Ack
+
+
+class _Sequence(NamedTuple):
+    """Whose rows a batch holds, where it came from, and when (microseconds since 1970)."""
+
+    name: DeviceName
+    epoch: str
+    lane: Lane
+    topic: str
+    now_us: int
 
 
 def check_row(row: Any, now_us: int) -> str:
@@ -124,57 +145,87 @@ class Ingest:
             )
 
     def _store(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, now_us: int) -> Reply:
-        if not 1 <= batch.count <= (MAX_SEQUENCE if batch.gap else MAX_BATCH_ROWS):
+        if not 1 <= batch.count <= MAX_SEQUENCE:
             raise InvalidDocument(f"a batch of {batch.count} rows", field="count")
         if not (0 <= batch.floor <= batch.first_seq < MAX_SEQUENCE) or not 1 <= len(batch.epoch) <= 64:
             raise InvalidDocument("impossible sequence numbers or epoch", field="first_seq")
-        expected = self._journal.expected(name, batch.epoch, lane)
-        decision = decide(expected, batch.first_seq, batch.count, batch.floor)
+        lost = losses(batch)
+        decision = decide(
+            self._journal.settled(name, batch.epoch, lane), batch.first_seq, batch.count, batch.floor
+        )
         self.counts[decision.verdict] += 1
-        if decision.verdict == "take" and batch.gap is None:
-            self._append(name, lane, topic, batch, decision.skip, now_us)
-        elif decision.verdict == "take" and batch.gap is not None:
-            span = (batch.first_seq + decision.skip, batch.first_seq + batch.count - 1)
-            times = (batch.gap.first_event_time, batch.gap.last_event_time)
-            self._journal.append_gap(
-                name, batch.epoch, lane, now_us, span, batch.gap.reason[:MAX_TEXT], times
-            )
-        if decision.lost is not None:
-            self._journal.append_gap(name, batch.epoch, lane, now_us, decision.lost, "store-lost")
-        if decision.expected is not None:
-            self._journal.set_expected(name, batch.epoch, lane, decision.expected)
-        seq = -1 if decision.expected is None else decision.expected - 1
-        return Reply(topics.ack(name, lane), Ack(batch.epoch, seq))
+        if decision.take:
+            sequence = _Sequence(name, batch.epoch, lane, topic, now_us)
+            self._lose(sequence, lost, decision.take)
+            self._append(sequence, batch, lost, decision.take)
+        for span in decision.lost:
+            self._journal.append_gap(name, batch.epoch, lane, now_us, span, "store-lost")
+        self._journal.settle(name, batch.epoch, lane, decision.after)
+        after = decision.after
+        # The newest ones: a device goes on from the floor anyway.
+        ack = Ack(batch.epoch, after.expected - 1, after.above[-MAX_ACK_RANGES:])
+        return Reply(topics.ack(name, lane), ack)
 
-    def _append(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, skip: int, now_us: int) -> None:
+    def _lose(self, sequence: _Sequence, lost: list[Lost], take: list[Interval]) -> None:
+        """Gap records for what is lost of the intervals `take`."""
+        for item in lost:
+            spans = clip(take, item.first_seq, item.last_seq)
+            times = (item.first_event_time, item.last_event_time)
+            if len(item.reasons) == 1:
+                for span in spans:
+                    self._gap(sequence, span, next(iter(item.reasons)), times)
+            elif spans:
+                # Which of them were lost for which reason is not told: each reason's record names all.
+                for reason, count in share(item.reasons, size(spans)).items():
+                    self._gap(sequence, (spans[0][0], spans[-1][1]), reason, times, count)
+
+    def _gap(
+        self,
+        sequence: _Sequence,
+        span: Interval,
+        reason: str,
+        times: tuple[int, int] = (0, 0),
+        count: int | None = None,
+    ) -> None:
+        name, epoch, lane, _, now_us = sequence
+        self._journal.append_gap(name, epoch, lane, now_us, span, reason[:MAX_TEXT], times, count)
+
+    def _append(self, sequence: _Sequence, batch: Batch, lost: list[Lost], take: list[Interval]) -> None:
+        """Journal the rows of the batch that are in `take`."""
+        name, epoch, lane, topic, now_us = sequence
+        end = batch.first_seq + batch.count - 1
+        present = missing([(item.first_seq, item.last_seq) for item in lost], batch.first_seq, end)
+        if not present:
+            return
         try:
             raw = split_rows(batch.rows)
-            if len(raw) != batch.count:
-                raise InvalidDocument(f"{len(raw)} rows, announced {batch.count}", field="rows")
+            if len(raw) != size(present):
+                raise InvalidDocument(f"{len(raw)} rows, announced {size(present)}", field="rows")
         except InvalidDocument as error:
             # A genuine device sent it and would send it for ever: it becomes a gap, not a block.
-            span = (batch.first_seq + skip, batch.first_seq + batch.count - 1)
-            self.counts["bad rows"] += batch.count - skip
             self._journal.quarantine(now_us, topic, batch.first_seq, str(error), batch.rows)
-            self._journal.append_gap(name, batch.epoch, lane, now_us, span, f"refused: {error}"[:MAX_TEXT])
+            for first, last in present:
+                for span in clip(take, first, last):
+                    self.counts["bad rows"] += span[1] - span[0] + 1
+                    self._gap(sequence, span, f"refused: {error}")
             return
         decode = self._decoders[lane].decode
         good: list[tuple[int, bytes]] = []
-        for index in range(skip, batch.count):
-            seq = batch.first_seq + index
+        numbers = [seq for first, last in present for seq in range(first, last + 1)]
+        for seq, row in zip(numbers, raw, strict=True):
+            if not contains(take, seq):
+                continue
             try:
-                problem = check_row(decode(raw[index]), now_us)
+                problem = check_row(decode(row), now_us)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 problem = str(error)
             if problem:
                 self.counts["bad rows"] += 1
-                self._journal.quarantine(now_us, topic, seq, problem, raw[index])
-                self._journal.append_gap(
-                    name, batch.epoch, lane, now_us, (seq, seq), f"refused: {problem}"[:MAX_TEXT]
-                )
+                self._journal.quarantine(now_us, topic, seq, problem, row)
+                self._gap(sequence, (seq, seq), f"refused: {problem}")
             else:
-                good.append((seq, raw[index]))
-        self._journal.append(name, batch.epoch, lane, now_us, good)
+                good.append((seq, row))
+        self._journal.append(name, epoch, lane, now_us, good)
         self.counts["rows"] += len(good)
 
 

@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from edgeward.identifiers import DeviceName
+from edgeward.intervals import Interval
 from edgeward.wire.topics import Lane
+from trends.sequence import Settled
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS position (
-    site TEXT, device TEXT, epoch TEXT, lane TEXT, expected INTEGER NOT NULL,
+    site TEXT, device TEXT, epoch TEXT, lane TEXT, expected INTEGER NOT NULL, above BLOB NOT NULL DEFAULT x'90',
     PRIMARY KEY (site, device, epoch, lane)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS journal (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -28,7 +32,7 @@ CREATE TABLE IF NOT EXISTS journal (
 CREATE TABLE IF NOT EXISTS gap (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     site TEXT, device TEXT, epoch TEXT, lane TEXT, first_seq INTEGER, last_seq INTEGER, reason TEXT,
-    first_event_time INTEGER, last_event_time INTEGER, received INTEGER);
+    first_event_time INTEGER, last_event_time INTEGER, received INTEGER, count INTEGER);
 CREATE TABLE IF NOT EXISTS quarantine (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     received INTEGER, topic TEXT, seq INTEGER, reason TEXT, row BLOB);
@@ -36,8 +40,17 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITH
 CREATE TABLE IF NOT EXISTS certificate (keyid TEXT PRIMARY KEY, der BLOB NOT NULL) WITHOUT ROWID;
 """
 
+#: What journals of earlier versions lack: x'90' is an empty MessagePack array.
+_ADDED = (
+    ("position", "above", "BLOB NOT NULL DEFAULT x'90'"),
+    ("gap", "count", "INTEGER"),
+)
+
 #: Refused rows are evidence, not data: a flood of them must not fill the disk.
 MAX_QUARANTINED = 10_000
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[Interval]).decode
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class GapRow:
-    """Rows `first_seq .. last_seq` that nobody holds any more."""
+    """`count` of the rows `first_seq .. last_seq` that nobody holds any more, for one reason.
+
+    Rows of a range may be lost for several reasons: then it has one of these for each, and the counts add up.
+    """
 
     id: int
     site: str
@@ -68,6 +84,7 @@ class GapRow:
     first_event_time: int
     last_event_time: int
     received: int
+    count: int
 
 
 class Journal:
@@ -83,6 +100,9 @@ class Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
+        for table, column, declared in _ADDED:
+            if column not in {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}:
+                self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declared}")
         self._db.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (secrets.token_hex(8),))
         self.identity: str = self._db.execute("SELECT value FROM meta WHERE key='identity'").fetchone()[0]
 
@@ -103,20 +123,19 @@ class Journal:
 
     # positions and rows
 
-    def expected(self, name: DeviceName, epoch: str, lane: Lane) -> int | None:
-        """The lowest sequence number not stored yet, None for an epoch never seen."""
+    def settled(self, name: DeviceName, epoch: str, lane: Lane) -> Settled | None:
+        """The sequence numbers that are stored or lost, None for an epoch never seen."""
         with self._lock:
             row = self._db.execute(
-                "SELECT expected FROM position WHERE site=? AND device=? AND epoch=? AND lane=?",
+                "SELECT expected, above FROM position WHERE site=? AND device=? AND epoch=? AND lane=?",
                 (*name, epoch, lane),
             ).fetchone()
-        return None if row is None else int(row[0])
+        return None if row is None else Settled(row[0], _decode(row[1]))
 
-    def set_expected(self, name: DeviceName, epoch: str, lane: Lane, expected: int) -> None:
+    def settle(self, name: DeviceName, epoch: str, lane: Lane, settled: Settled) -> None:
         self._db.execute(
-            "INSERT INTO position VALUES (?,?,?,?,?)"
-            " ON CONFLICT DO UPDATE SET expected = max(expected, excluded.expected)",
-            (*name, epoch, lane, expected),
+            "INSERT OR REPLACE INTO position VALUES (?,?,?,?,?,?)",
+            (*name, epoch, lane, settled.expected, _encode(settled.above)),
         )
 
     def append(
@@ -137,11 +156,14 @@ class Journal:
         span: tuple[int, int],
         reason: str,
         times: tuple[int, int] = (0, 0),
+        count: int | None = None,
     ) -> None:
+        """Note that rows `span` are lost: all of them, or `count`."""
+        count = span[1] - span[0] + 1 if count is None else count
         self._db.execute(
             "INSERT INTO gap (site, device, epoch, lane, first_seq, last_seq, reason,"
-            " first_event_time, last_event_time, received) VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (*name, epoch, lane, *span, reason, *times, received),
+            " first_event_time, last_event_time, received, count) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            (*name, epoch, lane, *span, reason, *times, received, count),
         )
 
     # what was refused
@@ -184,7 +206,12 @@ class Journal:
 
     def waiting_gaps(self, limit: int) -> list[GapRow]:
         with self._lock:
-            rows = self._db.execute("SELECT * FROM gap ORDER BY id LIMIT ?", (limit,)).fetchall()
+            rows = self._db.execute(
+                "SELECT id, site, device, epoch, lane, first_seq, last_seq, reason, first_event_time,"
+                " last_event_time, received, coalesce(count, last_seq - first_seq + 1)"
+                " FROM gap ORDER BY id LIMIT ?",
+                (limit,),
+            ).fetchall()
         return [GapRow(*row) for row in rows]
 
     def count(self) -> int:
@@ -201,12 +228,12 @@ class Journal:
         with self.transaction():
             self._db.execute("DELETE FROM gap WHERE id<=?", (last_id,))
 
-    def settled(self, table: str) -> int:
-        """Up to which version a table was settled where it lies; -1 for none."""
+    def flushed(self, table: str) -> int:
+        """Up to which version a table outlasts a power cut where it lies; -1 for none."""
         with self._lock:
-            row = self._db.execute("SELECT value FROM meta WHERE key=?", (f"settled {table}",)).fetchone()
+            row = self._db.execute("SELECT value FROM meta WHERE key=?", (f"flushed {table}",)).fetchone()
         return -1 if row is None else int(row[0])
 
-    def set_settled(self, table: str, version: int) -> None:
+    def set_flushed(self, table: str, version: int) -> None:
         with self.transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (f"settled {table}", str(version)))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (f"flushed {table}", str(version)))

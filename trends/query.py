@@ -158,5 +158,11 @@ class Queries:
                 f'"{name}"' if name in dataset.schema.names else f'NULL AS "{name}"'
                 for name in SCHEMAS[table].names
             )
+            if table == "gaps":  # before there were counts, a gap was always the whole of its range
+                whole = "last_seq - first_seq + 1"
+                old = f'coalesce("count", {whole})' if "count" in dataset.schema.names else whole
+                held = (
+                    held.removesuffix(', NULL AS "count"').removesuffix(', "count"') + f', {old} AS "count"'
+                )
             parts.append(f"SELECT {held} FROM {table}_delta")  # noqa: S608
         database.execute(f"CREATE VIEW {table} AS {' UNION ALL '.join(parts)}")

@@ -52,6 +52,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("site", pa.string()), ("device", pa.string()), ("epoch", pa.string()), ("lane", pa.string()),
             ("first_seq", pa.int64()), ("last_seq", pa.int64()), ("reason", pa.string()),
             ("first_event_time", _TIME), ("last_event_time", _TIME), ("received", _TIME),
+            ("count", pa.int64()),
         ]
     ),
 }  # fmt: skip

@@ -1,48 +1,66 @@
-"""What to do with a batch, given what is stored already: a pure decision.
+"""What to do with a batch, given what is settled already: a pure decision.
 
-One (site, device, epoch, lane) is a sequence of rows numbered from 0. `expected` is the lowest number
-that is not stored, None when the epoch was never seen.
+One (site, device, epoch, lane) is a sequence of rows numbered from 0. A number is settled when its row is
+stored, or known to be lost. The settled numbers are kept as a floor, below which all are, and the intervals
+above it: batches may come in any order, since a device sends fresh rows before its backlog.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from edgeward.intervals import Interval, missing, union
+
+#: A device that skips about must not grow this table without end; its lowest rows are always taken.
+MAX_INTERVALS = 1024
+
+
+@dataclass(frozen=True)
+class Settled:
+    """`expected` is the lowest number that is not settled, `above` the settled intervals beyond it."""
+
+    expected: int
+    above: list[Interval] = field(default_factory=list)
+
+    def add(self, first: int, last: int) -> Settled:
+        above = union(self.above, first, last) if last >= self.expected else self.above
+        if above and above[0][0] <= self.expected:
+            return Settled(max(self.expected, above[0][1] + 1), above[1:])
+        return Settled(self.expected, above)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`take` of the batch's rows are new, from index `skip`; `expected` is the next number afterwards.
+    """`take` are the intervals of the batch that are new, `after` what is settled with them.
 
-    `lost` is a range (first, last) that neither the device nor the store holds any more: the device
-    was told that it is stored, so the store has lost it (restored from an old backup, say).
+    `lost` are intervals that neither the device nor the store holds any more: the device was told that they
+    are stored, so the store has lost them (restored from an old backup, say). `ahead`: nothing is taken, the
+    device shall send what lies before.
     """
 
     verdict: Literal["take", "duplicate", "ahead"]
-    expected: int | None
-    skip: int = 0
-    take: int = 0
-    lost: tuple[int, int] | None = None
+    after: Settled
+    take: list[Interval] = field(default_factory=list)
+    lost: list[Interval] = field(default_factory=list)
 
 
-def decide(expected: int | None, first_seq: int, count: int, floor: int) -> Decision:
-    """Continue the sequence, or not.
+def decide(known: Settled | None, first_seq: int, count: int, floor: int) -> Decision:
+    """Take what is new of `count` rows from `first_seq` on.
 
-    A store without memory of the epoch starts at the device's floor; so does one that expects less
-    than the floor, which is recorded as a loss. A batch further ahead waits for those before it: the
-    device sends again from its lowest unacknowledged row.
+    A store without memory of the epoch (None) starts at the device's `floor`; what is not settled below the
+    floor of one that it knows is recorded as its loss.
     """
-    lost: tuple[int, int] | None = None
-    start = expected
-    if start is None:
-        start = floor
-    elif start < floor:
-        lost = (start, floor - 1)
-        start = floor
-    end = first_seq + count
-    if first_seq > start:
-        return Decision("ahead", start if lost else expected, lost=lost)
-    if end <= start:
-        return Decision("duplicate", start, lost=lost)
-    skip = start - first_seq
-    return Decision("take", end, skip, count - skip, lost)
+    lost: list[Interval] = []
+    after = known if known is not None else Settled(floor)
+    if after.expected < floor:
+        lost = missing(after.above, after.expected, floor - 1)
+        after = after.add(after.expected, floor - 1)
+    last = first_seq + count - 1
+    take = missing(after.above, max(first_seq, after.expected), last)
+    if not take:
+        return Decision("duplicate", after, lost=lost)
+    taken = after.add(first_seq, last)
+    if len(taken.above) > MAX_INTERVALS:
+        return Decision("ahead", after, lost=lost)
+    return Decision("take", taken, take, lost)

@@ -55,7 +55,7 @@ class Tables:
     def repair(self) -> None:
         """To be called once before the first flush. Raises EdgewardError, with what a person must do."""
         for table in PARTITIONS:
-            self._place.repair(table, self._journal.settled(table))
+            self._place.repair(table, self._journal.flushed(table))
 
     def uri(self, table: str) -> str:
         return self._place.uri(table)
@@ -120,7 +120,7 @@ class Tables:
 
     def settle(self, table: str) -> None:
         """What is committed outlasts a power cut when this returns."""
-        done = self._journal.settled(table)
+        done = self._journal.flushed(table)
         version = self._place.settle(table, done)
         if version != done:
-            self._journal.set_settled(table, version)
+            self._journal.set_flushed(table, version)

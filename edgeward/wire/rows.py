@@ -1,6 +1,7 @@
 """What goes up from a device to the trend store, and the ack that comes back.
 
-A batch covers the sequence numbers `first_seq .. first_seq + count - 1` of one (device, epoch, lane).
+A batch covers the sequence numbers `first_seq .. first_seq + count - 1` of one (device, epoch, lane): each
+of them is a row in it or lost. Batches may arrive in any order; what is known already is dropped by number.
 Device and lane stand in the topic, which the envelope signs; they are not repeated in the body.
 All times are integers, microseconds since 1970-01-01T00:00Z.
 """
@@ -18,6 +19,8 @@ from edgeward.wire.topics import Lane
 
 MAX_BATCH_ROWS = 10_000
 MAX_BATCH_BYTES = 16 << 20
+MAX_BATCH_LOST = 20_000
+MAX_ACK_RANGES = 256
 #: Event times that a trend store takes: from the year 2000 on, and at most a day ahead of its clock.
 EARLIEST_US = 946_684_800_000_000
 AHEAD_US = 86_400_000_000
@@ -107,18 +110,33 @@ ROW_TYPES: dict[Lane, type[Row]] = {
 
 
 class Gap(Struct, frozen=True):
-    """Rows of this batch's sequence range that no longer exist, and why."""
+    """The whole of this batch's sequence range is lost, as an agent before contract no. 10 says it."""
 
     reason: str
     first_event_time: int
     last_event_time: int
 
 
-class Batch(Struct, frozen=True):
-    """`floor` is the lowest sequence number the outbox still holds in this lane: all below is acked.
+class Lost(Struct, frozen=True, array_like=True):
+    """Rows `first_seq .. last_seq` that no longer exist: `reasons` says how many for which reason.
 
-    A store that has no memory of the epoch starts there. `rows` is zstd-compressed MessagePack, an
-    array of the lane's row type; with `gap` set it is empty and the whole range is lost.
+    The counts add up to the length of the range. The times are the lowest and highest event time of what was
+    lost, 0 where they are not known.
+    """
+
+    first_seq: int
+    last_seq: int
+    first_event_time: int
+    last_event_time: int
+    reasons: dict[str, int]
+
+
+class Batch(Struct, frozen=True):
+    """`floor` is the lowest sequence number that the outbox still answers for in this lane: all below is acked.
+
+    A store that has no memory of the epoch starts there. `rows` is zstd-compressed MessagePack, an array of
+    the lane's row type, for all numbers of the range that are not in `lost` (ascending, disjoint); with `gap`
+    set it is empty and the whole range is lost.
     """
 
     epoch: str
@@ -127,13 +145,18 @@ class Batch(Struct, frozen=True):
     floor: int
     rows: bytes
     gap: Gap | None = None
+    lost: list[Lost] = []
 
 
 class Ack(Struct, frozen=True):
-    """Everything up to and including `seq` is committed by the trend store. -1: nothing yet."""
+    """Everything up to and including `seq` is committed by the trend store, -1: nothing yet; so are `ranges`.
+
+    `ranges` (first, last) lie above `seq`, ascending, at most MAX_ACK_RANGES of them; more may be stored.
+    """
 
     epoch: str
     seq: int
+    ranges: list[tuple[int, int]] = []
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -180,4 +203,6 @@ def split_rows(data: bytes) -> list[bytes]:
         raise InvalidDocument(f"not an array of rows: {error}", field="rows") from None
 
 
-GapReason = Literal["budget", "corruption", "time-to-live", "store-lost"]
+#: Why a row is lost: `thinned` (every n-th was kept) and `merged` (its numbers are in a coarser trend row) under
+#: pressure, `budget` when that was not enough, `disk-full` when it could not be written.
+GapReason = Literal["budget", "corruption", "disk-full", "merged", "store-lost", "thinned", "time-to-live"]

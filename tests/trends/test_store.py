@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +28,11 @@ from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import open_envelope, seal
 from edgeward.wire.reports import Status
-from edgeward.wire.rows import Ack, Batch, Gap, ResultRow, TrendRow, encode_rows
+from edgeward.wire.rows import Ack, Batch, Gap, Lost, ResultRow, TrendRow, encode_rows
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
+from trends.schemas import SCHEMAS
 from trends.tables import Tables
 from trends.verify import Produced, read_produced, verify
 
@@ -101,9 +106,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_batches_are_stored_once_and_acknowledged_cumulatively(bench: Bench) -> None:
     assert bench.deliver(TOPIC, bench.batch(0, 10)) == Ack("e", 9)
     assert bench.deliver(TOPIC, bench.batch(0, 10)) == Ack("e", 9)
-    assert bench.deliver(TOPIC, bench.batch(20, 5)) == Ack("e", 9)
-    assert bench.deliver(TOPIC, bench.batch(5, 15, floor=5)) == Ack("e", 19)
-    assert bench.sequence(bench.tables()) == list(range(20))
+    assert bench.deliver(TOPIC, bench.batch(20, 5)) == Ack("e", 9, [(20, 24)])
+    assert bench.deliver(TOPIC, bench.batch(5, 15, floor=5)) == Ack("e", 24)
+    assert bench.sequence(bench.tables()) == list(range(25))
 
 
 def test_a_batch_before_the_birth_waits(tmp_path: Path) -> None:
@@ -122,6 +127,87 @@ def test_gaps_are_kept_with_their_reason(bench: Bench) -> None:
         "select first_seq, last_seq, reason from gaps order by 1"
     )
     assert [tuple(row.values()) for row in gaps.to_pylist()] == [(0, 6, "budget"), (10, 14, "store-lost")]
+
+
+def lost_batch(bench: Bench, first: int, count: int, lost: list[Lost], floor: int = 0) -> bytes:
+    gone = {seq for item in lost for seq in range(item.first_seq, item.last_seq + 1)}
+    rows = encode_rows([bench.row(seq) for seq in range(first, first + count) if seq not in gone])
+    return seal(Batch("e", first, count, floor, rows, lost=lost), TOPIC, bench.device)
+
+
+def gap_records(bench: Bench) -> list[tuple[object, ...]]:
+    answer = Queries(bench.tables(), bench.journal).sql(
+        'select first_seq, last_seq, reason, "count" from gaps order by 1, 3'
+    )
+    return [tuple(row.values()) for row in answer.to_pylist()]
+
+
+def test_rows_and_losses_of_one_batch_add_up_whatever_was_stored_before(bench: Bench) -> None:
+    lost = [Lost(2, 5, 10, 20, {"thinned": 3, "time-to-live": 1}), Lost(8, 8, 30, 30, {"merged": 1})]
+    assert bench.deliver(TOPIC, bench.batch(4, 1)) == Ack("e", -1, [(4, 4)])
+    assert bench.deliver(TOPIC, lost_batch(bench, 0, 10, lost)) == Ack("e", 9)
+    assert bench.deliver(TOPIC, lost_batch(bench, 0, 10, lost)) == Ack("e", 9)
+    assert bench.sequence(bench.tables()) == [0, 1, 4, 6, 7, 9], "what was stored before is not lost"
+    records = gap_records(bench)
+    assert sum(int(str(record[3])) for record in records) + 6 == 10
+    assert {record[:3] for record in records} == {
+        (2, 5, "thinned"), (2, 5, "time-to-live"), (8, 8, "merged"),
+    }  # fmt: skip
+    bench.tables().flush()
+    assert gap_records(bench) == records
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [Lost(0, 3, 0, 0, {"thinned": 3})],
+        [Lost(0, 3, 0, 0, {"thinned": 5, "budget": -1})],
+        [Lost(0, 0, 0, 0, {})],
+        [Lost(0, 1, 0, 0, {"x": 2}), Lost(1, 2, 0, 0, {"x": 2})],
+        [Lost(5, 3, 0, 0, {"x": -1})],
+        [Lost(9, 10, 0, 0, {"x": 2})],
+        [Lost(1, 1, 0, 0, {"x" * 300: 1})],
+        [Lost(1 << 70 >> 8, 1 << 63, 0, 0, {"x": 1})],
+    ],
+)
+def test_impossible_losses_are_refused(bench: Bench, lost: list[Lost]) -> None:
+    body = Batch("e", 0, 10, 0, encode_rows([bench.row(0)]), lost=lost)
+    assert bench.deliver(TOPIC, seal(body, TOPIC, bench.device)) is None
+    huge = Batch("e", 0, 1 << 50, 0, encode_rows([bench.row(0)]), lost=[Lost(3, 3, 0, 0, {"x": 1})])
+    assert bench.deliver(TOPIC, seal(huge, TOPIC, bench.device)) is None
+    assert bench.journal.count() == 0 and gap_records(bench) == []
+
+
+def test_a_journal_of_an_older_store_goes_on(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "journal.db")
+    old.executescript(
+        "CREATE TABLE position (site TEXT, device TEXT, epoch TEXT, lane TEXT, expected INTEGER NOT NULL,"
+        " PRIMARY KEY (site, device, epoch, lane)) WITHOUT ROWID;"
+        "CREATE TABLE gap (id INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT, device TEXT, epoch TEXT, lane TEXT,"
+        " first_seq INTEGER, last_seq INTEGER, reason TEXT, first_event_time INTEGER, last_event_time INTEGER,"
+        " received INTEGER);"
+        "INSERT INTO position VALUES ('north', 'turbine-1', 'e', 'result', 7);"
+        "INSERT INTO gap VALUES (1, 'north', 'turbine-1', 'e', 'result', 2, 4, 'budget', 0, 0, 0);"
+    )
+    old.commit()
+    old.close()
+    bench = Bench(tmp_path)
+    bench.born()
+    assert bench.deliver(TOPIC, bench.batch(5, 5)) == Ack("e", 9)
+    assert bench.sequence(bench.tables()) == [7, 8, 9]
+    assert gap_records(bench) == [(2, 4, "budget", 3)]
+
+
+def test_gaps_of_a_table_without_counts_are_whole(bench: Bench) -> None:
+    schema = SCHEMAS["gaps"].remove(SCHEMAS["gaps"].get_field_index("count"))
+    at = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    values = ["north", "turbine-1", "e", "result", 2, 4, "budget", at, at, at]
+    old = pa.table([[value] for value in values], schema=schema)
+    write_deltalake(str(bench.folder / "tables" / "gaps"), old)
+    assert gap_records(bench) == [(2, 4, "budget", 3)]
+    bench.deliver(TOPIC, lost_batch(bench, 0, 2, [Lost(0, 1, 0, 0, {"x": 1, "y": 1})]))
+    bench.tables().flush()
+    assert gap_records(bench) == [(0, 1, "x", 1), (0, 1, "y", 1), (2, 4, "budget", 3)]
 
 
 def test_hostile_senders_store_nothing(bench: Bench) -> None:

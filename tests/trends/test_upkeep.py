@@ -152,12 +152,12 @@ def test_the_log_is_summed_up_and_files_that_nobody_needs_go(bench: Bench) -> No
 def _unsettled(bench: Bench) -> int:
     """Rows that the journal still has, in a version that was not flushed to the disk; that version."""
     bench.flush()
-    done, whole = bench.journal.settled("results"), bench.tables
+    done, whole = bench.journal.flushed("results"), bench.tables
     bench.tables = Tables(bench.root.parent, bench.journal, between=_cut)
     with pytest.raises(PowerCut):
         bench.flush()
     bench.tables = whole
-    assert bench.journal.count() == 10 and bench.journal.settled("results") == done
+    assert bench.journal.count() == 10 and bench.journal.flushed("results") == done
     return done
 
 
