@@ -11,7 +11,8 @@ from msgspec import Struct
 from trends.query import Queries
 from trends.schemas import TABLE_OF
 
-#: Runs of consecutive numbers ("gaps and islands"), then the gaps, then what each begins after.
+#: Runs of consecutive numbers ("gaps and islands"), then the gaps (one record for each reason: their counts add
+#: up to the range), then what each begins after.
 _LANES = """
 WITH stored AS ({stored}),
 numbered AS (
@@ -19,10 +20,15 @@ numbered AS (
 ),
 spans AS (
     SELECT site, device, epoch, lane, min(seq) AS first, max(seq) AS last, sum(times) AS rows,
-        sum(times) - count(*) AS again, false AS gap
+        sum(times) - count(*) AS again, 0 AS lost, 0 AS unclear
     FROM numbered GROUP BY site, device, epoch, lane, run
     UNION ALL
-    SELECT site, device, epoch, lane, first_seq, last_seq, 0, 0, true FROM gaps
+    SELECT site, device, epoch, lane, first_seq, last_seq, 0, greatest(total - length, 0), total,
+        greatest(length - total, 0)
+    FROM (
+        SELECT site, device, epoch, lane, first_seq, last_seq, sum(count) AS total,
+            last_seq - first_seq + 1 AS length
+        FROM gaps GROUP BY site, device, epoch, lane, first_seq, last_seq)
 ),
 reached AS (
     SELECT *, max(last) OVER (
@@ -32,8 +38,8 @@ reached AS (
 )
 SELECT site, device, epoch, lane, min(first) AS first, max(last) AS last,
     sum(rows)::BIGINT AS stored,
-    coalesce(sum(last - first + 1) FILTER (gap), 0)::BIGINT AS in_gaps,
-    coalesce(sum(first - before - 1) FILTER (first > before + 1), 0)::BIGINT AS missing,
+    sum(lost)::BIGINT AS in_gaps,
+    (sum(unclear) + coalesce(sum(first - before - 1) FILTER (first > before + 1), 0))::BIGINT AS missing,
     (sum(again) + coalesce(sum(least(last, before) - first + 1) FILTER (first <= before), 0))::BIGINT AS twice
 FROM reached GROUP BY ALL ORDER BY ALL
 """

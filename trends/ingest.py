@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import queue
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,23 +27,23 @@ from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import Opened, UnknownSigner, open_envelope, seal
 from edgeward.wire.rows import (
-    AHEAD_US,
-    EARLIEST_US,
     MAX_ACK_RANGES,
     ROW_TYPES,
     Ack,
     Batch,
     Lost,
+    decode_rows,
+    join_rows,
     split_rows,
 )
 from edgeward.wire.topics import Lane
+from trends.checks import MAX_TEXT, check_row, suspicious
 from trends.journal import Journal
 from trends.losses import losses, share
 from trends.sequence import decide
 
 log = logging.getLogger(__name__)
 
-MAX_TEXT = 256
 MAX_SEQUENCE = 1 << 60
 _GROUP = 64
 
@@ -64,32 +64,6 @@ class _Sequence(NamedTuple):
     lane: Lane
     topic: str
     now_us: int
-
-
-def check_row(row: Any, now_us: int) -> str:
-    """Why a well-typed row cannot be stored; empty when it can.
-
-    Times must lie between 2000 and a day ahead, texts within 256 characters, numbers be finite.
-    """
-    for field in row.__struct_fields__:
-        value = getattr(row, field)
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{field}: not a finite number"
-        if isinstance(value, str) and len(value) > MAX_TEXT:
-            return f"{field}: longer than {MAX_TEXT} characters"
-        if isinstance(value, int) and not -(1 << 62) < value < 1 << 62:
-            return f"{field}: out of range"
-        if isinstance(value, dict):
-            if len(value) > 4096 or any(len(key) > MAX_TEXT for key in value):
-                return f"{field}: too many or too long names"
-            if not all(math.isfinite(item) for item in value.values()):
-                return f"{field}: not finite numbers"
-        if isinstance(value, list) and not all(math.isfinite(item) for item in value):
-            return f"{field}: not finite numbers"
-    at = row.bucket if hasattr(row, "bucket") else row.event_time
-    if not EARLIEST_US <= at <= now_us + AHEAD_US:
-        return "event time before 2000 or more than a day ahead"
-    return ""
 
 
 class Ingest:
@@ -171,13 +145,10 @@ class Ingest:
         for item in lost:
             spans = clip(take, item.first_seq, item.last_seq)
             times = (item.first_event_time, item.last_event_time)
-            if len(item.reasons) == 1:
-                for span in spans:
-                    self._gap(sequence, span, next(iter(item.reasons)), times)
-            elif spans:
-                # Which of them were lost for which reason is not told: each reason's record names all.
-                for reason, count in share(item.reasons, size(spans)).items():
-                    self._gap(sequence, (spans[0][0], spans[-1][1]), reason, times, count)
+            for span in spans:
+                # Which of them were lost for which reason is not told: each reason's record names the span.
+                for reason, count in share(item.reasons, size([span])).items():
+                    self._gap(sequence, span, reason, times, count)
 
     def _gap(
         self,
@@ -197,6 +168,10 @@ class Ingest:
         present = missing([(item.first_seq, item.last_seq) for item in lost], batch.first_seq, end)
         if not present:
             return
+        if take == present == [(batch.first_seq, end)] and self._all_good(lane, batch, now_us):
+            self._journal.append(name, epoch, lane, now_us, batch.first_seq, batch.count, batch.rows)
+            self.counts["rows"] += batch.count
+            return
         try:
             raw = split_rows(batch.rows)
             if len(raw) != size(present):
@@ -209,6 +184,21 @@ class Ingest:
                     self.counts["bad rows"] += span[1] - span[0] + 1
                     self._gap(sequence, span, f"refused: {error}")
             return
+        self._append_one_by_one(sequence, present, raw, take)
+
+    def _all_good(self, lane: Lane, batch: Batch, now_us: int) -> bool:
+        """Whether nothing in the batch needs a second look: nearly always."""
+        try:
+            rows = decode_rows(lane, batch.rows)
+        except InvalidDocument:
+            return False
+        return len(rows) == batch.count and not suspicious(lane, rows, now_us)
+
+    def _append_one_by_one(
+        self, sequence: _Sequence, present: list[Interval], raw: list[bytes], take: list[Interval]
+    ) -> None:
+        """Find the rows that cannot be stored, and journal the others that are news."""
+        name, epoch, lane, topic, now_us = sequence
         decode = self._decoders[lane].decode
         good: list[tuple[int, bytes]] = []
         numbers = [seq for first, last in present for seq in range(first, last + 1)]
@@ -225,7 +215,10 @@ class Ingest:
                 self._gap(sequence, (seq, seq), f"refused: {problem}")
             else:
                 good.append((seq, row))
-        self._journal.append(name, epoch, lane, now_us, good)
+        for _, run in groupby(enumerate(good), lambda item: item[1][0] - item[0]):
+            rows = [row for _, row in run]
+            packed = join_rows([row for _, row in rows])
+            self._journal.append(name, epoch, lane, now_us, rows[0][0], len(rows), packed)
         self.counts["rows"] += len(good)
 
 

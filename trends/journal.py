@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import msgspec
 
 from edgeward.identifiers import DeviceName
 from edgeward.intervals import Interval
+from edgeward.wire.rows import join_rows
 from edgeward.wire.topics import Lane
 from trends.sequence import Settled
 
@@ -26,9 +27,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS position (
     site TEXT, device TEXT, epoch TEXT, lane TEXT, expected INTEGER NOT NULL, above BLOB NOT NULL DEFAULT x'90',
     PRIMARY KEY (site, device, epoch, lane)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS journal (
+CREATE TABLE IF NOT EXISTS batch (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    site TEXT, device TEXT, epoch TEXT, lane TEXT, seq INTEGER, received INTEGER, row BLOB NOT NULL);
+    site TEXT, device TEXT, epoch TEXT, lane TEXT, first_seq INTEGER, count INTEGER, received INTEGER,
+    rows BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS batch_of_lane ON batch (lane, id);
 CREATE TABLE IF NOT EXISTS gap (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     site TEXT, device TEXT, epoch TEXT, lane TEXT, first_seq INTEGER, last_seq INTEGER, reason TEXT,
@@ -55,15 +58,20 @@ _decode = msgspec.msgpack.Decoder(list[Interval]).decode
 
 @dataclass(frozen=True)
 class Stored:
-    """One journal row; `row` is MessagePack of the lane's row type, `received` microseconds since 1970."""
+    """Rows `first_seq .. first_seq + count - 1` of one lane, as one entry of the journal.
+
+    `rows` is as in a Batch (zstd MessagePack, an array of the lane's row type), `received` microseconds
+    since 1970.
+    """
 
     id: int
     site: str
     device: str
     epoch: str
-    seq: int
+    first_seq: int
+    count: int
     received: int
-    row: bytes
+    rows: bytes
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,29 @@ class Journal:
         for table, column, declared in _ADDED:
             if column not in {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}:
                 self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declared}")
+        self._take_over_rows()
         self._db.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (secrets.token_hex(8),))
         self.identity: str = self._db.execute("SELECT value FROM meta WHERE key='identity'").fetchone()[0]
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+
+    def _take_over_rows(self) -> None:
+        """Rows that an earlier version kept one by one; their ids go on, since tables know them."""
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name='journal'").fetchone():
+            return
+        with self.transaction():
+            self._db.create_function("as_batch", 1, lambda row: join_rows([row]), deterministic=True)
+            self._db.execute(
+                "INSERT INTO batch"
+                " SELECT id, site, device, epoch, lane, seq, 1, received, as_batch(row) FROM journal"
+            )
+            self._db.execute("DELETE FROM sqlite_sequence WHERE name='batch'")
+            self._db.execute(
+                "INSERT INTO sqlite_sequence SELECT 'batch', seq FROM sqlite_sequence WHERE name='journal'"
+            )
+            self._db.execute("DROP TABLE journal")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -139,12 +164,13 @@ class Journal:
         )
 
     def append(
-        self, name: DeviceName, epoch: str, lane: Lane, received: int, rows: Iterable[tuple[int, bytes]]
+        self, name: DeviceName, epoch: str, lane: Lane, received: int, first_seq: int, count: int, rows: bytes
     ) -> None:
-        """Add `(seq, MessagePack row)` pairs."""
-        self._db.executemany(
-            "INSERT INTO journal (site, device, epoch, lane, seq, received, row) VALUES (?,?,?,?,?,?,?)",
-            ((*name, epoch, lane, seq, received, row) for seq, row in rows),
+        """Add rows with consecutive numbers, as they are in a Batch."""
+        self._db.execute(
+            "INSERT INTO batch (site, device, epoch, lane, first_seq, count, received, rows)"
+            " VALUES (?,?,?,?,?,?,?,?)",
+            (*name, epoch, lane, first_seq, count, received, rows),
         )
 
     def append_gap(
@@ -195,14 +221,23 @@ class Journal:
 
     # towards the tables
 
-    def waiting(self, lane: Lane, limit: int) -> list[Stored]:
-        """The oldest `limit` rows of a lane that are not known to be in its table."""
+    def waiting(self, lane: Lane, limit: int, after: int = 0) -> list[Stored]:
+        """The oldest entries of a lane behind id `after` that are not known to be in its table: one or more
+        with `limit` rows together, or as many as there are."""
+        found: list[Stored] = []
+        rows = 0
         with self._lock:
-            rows = self._db.execute(
-                "SELECT id, site, device, epoch, seq, received, row FROM journal WHERE lane=? ORDER BY id LIMIT ?",
-                (lane, limit),
-            ).fetchall()
-        return [Stored(*row) for row in rows]
+            for row in self._db.execute(
+                "SELECT id, site, device, epoch, first_seq, count, received, rows FROM batch"
+                " WHERE lane=? AND id>? ORDER BY id",
+                (lane, after),
+            ):
+                entry = Stored(*row)
+                if found and rows + entry.count > limit:
+                    break
+                found.append(entry)
+                rows += entry.count
+        return found
 
     def waiting_gaps(self, limit: int) -> list[GapRow]:
         with self._lock:
@@ -217,12 +252,12 @@ class Journal:
     def count(self) -> int:
         """Rows that wait for a table."""
         with self._lock:
-            return int(self._db.execute("SELECT count(*) FROM journal").fetchone()[0])
+            return int(self._db.execute("SELECT coalesce(sum(count), 0) FROM batch").fetchone()[0])
 
     def forget_rows(self, lane: Lane, last_id: int) -> None:
         """Drop rows up to `last_id`: their table is on disk."""
         with self.transaction():
-            self._db.execute("DELETE FROM journal WHERE lane=? AND id<=?", (lane, last_id))
+            self._db.execute("DELETE FROM batch WHERE lane=? AND id<=?", (lane, last_id))
 
     def forget_gaps(self, last_id: int) -> None:
         with self.transaction():

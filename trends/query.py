@@ -14,9 +14,10 @@ from deltalake import DeltaTable
 
 from edgeward.errors import UsageError
 from edgeward.wire.topics import LANES
+from trends.columns import gaps_to_arrow, to_arrow
 from trends.journal import Journal
 from trends.quantiles import quantiles
-from trends.schemas import SCHEMAS, TABLE_OF, gaps_to_arrow, to_arrow
+from trends.schemas import SCHEMAS, TABLE_OF
 from trends.tables import Tables
 
 GROUPS = ("site", "device", "stream", "digest", "variant", "provider", "series")

@@ -1,16 +1,10 @@
-"""What the tables hold, column by column, and journal rows in that form. Pure."""
+"""What the tables hold, column by column."""
 
 from __future__ import annotations
 
-import datetime
-from typing import Any
-
-import msgspec
 import pyarrow as pa
 
-from edgeward.wire.rows import ROW_TYPES, AlarmRow, ResultRow, SampleRow, TrendRow
 from edgeward.wire.topics import Lane
-from trends.journal import GapRow, Stored
 
 _TIME = pa.timestamp("us", tz="UTC")
 _NUMBERS = pa.map_(pa.string(), pa.float64())
@@ -59,41 +53,3 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 TABLE_OF: dict[Lane, str] = {"result": "results", "alarm": "alarms", "trend": "trends", "sample": "samples"}
 PARTITIONS = {"results": ["date"], "alarms": ["date"], "trends": ["date"], "samples": ["date"], "gaps": []}
-_DAY_US = 86_400_000_000
-
-
-def _date(event_time: int) -> str:
-    """The UTC day of a time in microseconds since 1970, as YYYY-MM-DD."""
-    day = datetime.date(1970, 1, 1) + datetime.timedelta(days=event_time // _DAY_US)
-    return day.isoformat()
-
-
-def to_arrow(lane: Lane, stored: list[Stored]) -> pa.Table:
-    """Journal rows as the Arrow table of their lane."""
-    schema = SCHEMAS[TABLE_OF[lane]]
-    decode = msgspec.msgpack.Decoder(ROW_TYPES[lane]).decode
-    rows: list[Any] = [decode(item.row) for item in stored]
-    times = [row.bucket if isinstance(row, TrendRow) else row.event_time for row in rows]
-    days: dict[int, str] = {}
-    columns: dict[str, list[Any]] = {
-        "date": [days.get(at // _DAY_US) or days.setdefault(at // _DAY_US, _date(at)) for at in times],
-        "site": [item.site for item in stored],
-        "device": [item.device for item in stored],
-        "epoch": [item.epoch for item in stored],
-        "seq": [item.seq for item in stored],
-        "received": [item.received for item in stored],
-    }
-    kind: type[ResultRow | AlarmRow | SampleRow | TrendRow] = ROW_TYPES[lane]
-    for field in kind.__struct_fields__:
-        values = [getattr(row, field) for row in rows]
-        if values and isinstance(values[0], dict):
-            values = [list(value.items()) for value in values]
-        columns[field] = values
-    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
-
-
-def gaps_to_arrow(gaps: list[GapRow]) -> pa.Table:
-    schema = SCHEMAS["gaps"]
-    return pa.table(
-        [pa.array([getattr(gap, field.name) for gap in gaps], field.type) for field in schema], schema=schema
-    )

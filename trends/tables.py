@@ -8,6 +8,7 @@ the rows. The journal lets go of rows once the place where the tables lie has se
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +16,11 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
-from edgeward.wire.topics import LANES
+from edgeward.wire.topics import LANES, Lane
+from trends.columns import gaps_to_arrow, to_arrow
 from trends.journal import Journal
 from trends.local_files import LocalFolder
-from trends.schemas import PARTITIONS, TABLE_OF, gaps_to_arrow, to_arrow
+from trends.schemas import PARTITIONS, TABLE_OF
 
 #: Checkpoints are made by the store's upkeep, which settles them before it removes what they sum up.
 NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
@@ -64,23 +66,37 @@ class Tables:
     def options(self) -> dict[str, str] | None:
         return self._place.options
 
-    def flush(self, limit: int = 50_000) -> int:
-        """Move all waiting rows, `limit` per commit; returns how many moved."""
+    def flush(self, limit: int = 100_000) -> int:
+        """Move all waiting rows, about `limit` per commit; returns how many moved.
+
+        While one part is being written, the next is read and turned into columns.
+        """
         moved = 0
-        for lane in LANES:
-            table = TABLE_OF[lane]
-            self._forget_moved(table, lambda last, lane=lane: self._journal.forget_rows(lane, last))  # type: ignore[misc]  # mypy cannot infer a default
-            while stored := self._journal.waiting(lane, limit):
-                self._move(table, to_arrow(lane, stored), stored[-1].id)
-                self._journal.forget_rows(lane, stored[-1].id)
-                self._between("forgotten")
-                moved += len(stored)
+        with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
+            for lane in LANES:
+                table = TABLE_OF[lane]
+                self._forget_moved(table, lambda last, lane=lane: self._journal.forget_rows(lane, last))  # type: ignore[misc]  # mypy cannot infer a default
+                writing: Future[None] | None = None
+                last = 0
+                while stored := self._journal.waiting(lane, limit, last):
+                    rows, last = to_arrow(lane, stored), stored[-1].id
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(self._move_lane, lane, rows, last)
+                    moved += rows.num_rows
+                if writing is not None:
+                    writing.result()
         self._forget_moved("gaps", self._journal.forget_gaps)
         while gaps := self._journal.waiting_gaps(limit):
             self._move("gaps", gaps_to_arrow(gaps), gaps[-1].id)
             self._journal.forget_gaps(gaps[-1].id)
             moved += len(gaps)
         return moved
+
+    def _move_lane(self, lane: Lane, rows: pa.Table, last: int) -> None:
+        self._move(TABLE_OF[lane], rows, last)
+        self._journal.forget_rows(lane, last)
+        self._between("forgotten")
 
     def _forget_moved(self, table: str, forget: Callable[[int], None]) -> None:
         """Finish what a crash interrupted: rows that the table holds already leave the journal."""

@@ -26,7 +26,10 @@ EARLIEST_US = 946_684_800_000_000
 AHEAD_US = 86_400_000_000
 
 
-class ResultRow(Struct, frozen=True, array_like=True):
+# Rows hold nothing that could refer back to them, and there are many: the cycle collector need not look.
+
+
+class ResultRow(Struct, frozen=True, array_like=True, gc=False):
     """One prediction with its lineage. `source_seq` is the sensor sample's own sequence number, -1 without one."""
 
     event_time: int
@@ -42,7 +45,7 @@ class ResultRow(Struct, frozen=True, array_like=True):
     alarm: bool
 
 
-class AlarmRow(Struct, frozen=True, array_like=True):
+class AlarmRow(Struct, frozen=True, array_like=True, gc=False):
     """A decision threshold was passed and the stream's actions ran."""
 
     event_time: int
@@ -58,7 +61,7 @@ class AlarmRow(Struct, frozen=True, array_like=True):
     threshold: float
 
 
-class TrendRow(Struct, frozen=True, array_like=True):
+class TrendRow(Struct, frozen=True, array_like=True, gc=False):
     """Mergeable statistics of one series over one event-time bucket.
 
     `series` is `feature:NAME` or `output:NAME`; `m2` is the sum of squared deviations from the mean
@@ -87,7 +90,7 @@ class TrendRow(Struct, frozen=True, array_like=True):
     sketch: bytes = b""
 
 
-class SampleRow(Struct, frozen=True, array_like=True):
+class SampleRow(Struct, frozen=True, array_like=True, gc=False):
     """A raw input sample, where the residency policy lets it leave the device."""
 
     event_time: int

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeward.identifiers import DeviceName
-from edgeward.wire.rows import ResultRow
-from edgeward.wire.rows import _encoder as encoder
+from edgeward.wire.rows import ResultRow, encode_rows
 from trends.completeness import Lane, lanes
 from trends.journal import Journal
 from trends.query import Queries
@@ -19,6 +18,7 @@ from trends.tables import Tables
 
 NAME = DeviceName("north", "a")
 NOW = 1_790_000_000_000_000
+ROW = encode_rows([ResultRow(NOW, "s", 1, "k", "x", 1, "d" * 64, "v", "C", {}, False)])
 
 spans = st.tuples(st.integers(0, 30), st.integers(0, 6)).map(lambda given: (given[0], given[0] + given[1]))
 
@@ -29,16 +29,14 @@ def account(stored: list[int], gaps: list[tuple[int, int]], epochs: tuple[str, .
         tables = Tables(Path(folder) / "tables", journal)
         for epoch in epochs:
             with journal.transaction():
-                rows = [
-                    (seq, encoder.encode(ResultRow(NOW, "s", 1, "k", "x", 1, "d" * 64, "v", "C", {}, False)))
-                    for seq in stored
-                ]
-                journal.append(NAME, epoch, "result", NOW, rows[: len(rows) // 2])
+                for seq in stored[::2]:
+                    journal.append(NAME, epoch, "result", NOW, seq, 1, ROW)
                 for span in gaps:
                     journal.append_gap(NAME, epoch, "result", NOW, span, "budget")
             tables.flush()
             with journal.transaction():
-                journal.append(NAME, epoch, "result", NOW, rows[len(rows) // 2 :])
+                for seq in stored[1::2]:
+                    journal.append(NAME, epoch, "result", NOW, seq, 1, ROW)
         found = lanes(Queries(tables, journal))
         journal.close()
         return found
@@ -71,3 +69,15 @@ def test_lanes_of_two_epochs_are_two() -> None:
 def test_a_row_that_is_also_in_a_gap_is_there_twice() -> None:
     (lane,) = account([0, 1, 2, 3], [(2, 2)])
     assert (lane.missing, lane.twice) == (0, 1)
+
+
+def test_a_gap_with_several_reasons_is_one_gap() -> None:
+    with TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "journal.db")
+        with journal.transaction():
+            journal.append_gap(NAME, "e", "result", NOW, (0, 9), "thinned", count=6)
+            journal.append_gap(NAME, "e", "result", NOW, (0, 9), "budget", count=4)
+            journal.append_gap(NAME, "e", "result", NOW, (10, 19), "budget", count=7)
+        (lane,) = lanes(Queries(Tables(Path(folder) / "tables", journal), journal))
+        journal.close()
+    assert lane == Lane("north", "a", "e", "result", 0, 19, 0, 17, 3, 0)

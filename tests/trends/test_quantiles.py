@@ -14,8 +14,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeward.wire.rows import TrendRow, decode_rows, encode_rows
-from trends import tables as tables_module
+from edgeward.wire.rows import TrendRow, decode_rows, encode_rows, join_rows
+from trends.columns import to_arrow
 from trends.journal import Journal, Stored
 from trends.quantiles import MAX_BYTES, quantiles, read_sketch
 from trends.query import Queries
@@ -146,9 +146,10 @@ class Store:
         first = self._count + 1
         self._count += len(rows)
         stored = [
-            Stored(first + i, "north", "turbine-1", "e", first + i, 0, data) for i, data in enumerate(rows)
+            Stored(first + i, "north", "turbine-1", "e", first + i, 1, 0, join_rows([data]))
+            for i, data in enumerate(rows)
         ]
-        self.tables._move("trends", tables_module.to_arrow("trend", stored), self._count)
+        self.tables._move("trends", to_arrow("trend", stored), self._count)
 
     def rollup(self, width: str = "1h") -> list[dict[str, object]]:
         answer: list[dict[str, object]] = self.queries.rollup(

@@ -151,7 +151,7 @@ def test_rows_and_losses_of_one_batch_add_up_whatever_was_stored_before(bench: B
     records = gap_records(bench)
     assert sum(int(str(record[3])) for record in records) + 6 == 10
     assert {record[:3] for record in records} == {
-        (2, 5, "thinned"), (2, 5, "time-to-live"), (8, 8, "merged"),
+        (2, 3, "thinned"), (5, 5, "thinned"), (8, 8, "merged"),
     }  # fmt: skip
     bench.tables().flush()
     assert gap_records(bench) == records

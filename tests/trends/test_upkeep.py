@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from edgeward.errors import EdgewardError, UsageError
 from edgeward.identifiers import DeviceName
-from edgeward.wire.rows import ResultRow
-from edgeward.wire.rows import _encoder as encoder
+from edgeward.wire.rows import ResultRow, encode_rows
 from trends.journal import Journal
 from trends.local_files import ASIDE
 from trends.query import Queries
@@ -44,16 +43,11 @@ class Bench:
     def flush(self, number: int = 10, day: int = 0) -> None:
         """One commit of so many rows, `day` days before now."""
         at = int((NOW - day * DAY) * 1e6)
-        rows = [
-            (
-                seq,
-                encoder.encode(ResultRow(at, "s", 1, "k", "e", seq, "d" * 64, "v", "CPU", {"y": 1.0}, False)),
-            )
-            for seq in range(self.next, self.next + number)
-        ]
-        self.next += number
+        row = ResultRow(at, "s", 1, "k", "e", self.next, "d" * 64, "v", "CPU", {"y": 1.0}, False)
+        rows = encode_rows([row] * number)
         with self.journal.transaction():
-            self.journal.append(NAME, "e", "result", at, rows)
+            self.journal.append(NAME, "e", "result", at, self.next, number, rows)
+        self.next += number
         self.tables.flush()
 
     def stored(self) -> list[int]:
