@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,6 +39,10 @@ def register(app: typer.Typer) -> None:
     app.add_typer(trends, name="trends")
 
 
+#: Where a journal that several ingesters share is; an address on the command line would be seen by all.
+JOURNAL = "EDGEWARD_TRENDS_JOURNAL"
+
+
 def _open(folder: Path) -> Store:
     try:
         from trends.store import Store
@@ -45,7 +50,7 @@ def _open(folder: Path) -> Store:
         raise MissingDependency(
             f"{error.name} is not installed", hint="pip install 'edgeward[trends]'"
         ) from None
-    return Store(folder)
+    return Store(folder, journal=os.environ.get(JOURNAL, ""))
 
 
 def enroll(
@@ -82,6 +87,9 @@ def serve(
     """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
 
     Example: `edgeward trends serve --dir store --keep results=90 --keep samples=14`
+
+    Several of these share the work when each is enrolled in a folder of its own and EDGEWARD_TRENDS_JOURNAL
+    names one PostgreSQL database for all: postgresql://user@host:5432/database, the password in PGPASSFILE.
     """
     from edgeward.clock import SystemClock
     from trends.upkeep import parse_retention

@@ -121,7 +121,7 @@ class Ingest:
     def _store(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, now_us: int) -> Reply:
         if not 1 <= batch.count <= MAX_SEQUENCE:
             raise InvalidDocument(f"a batch of {batch.count} rows", field="count")
-        if not (0 <= batch.floor <= batch.first_seq < MAX_SEQUENCE) or not 1 <= len(batch.epoch) <= 64:
+        if not (0 <= batch.floor <= batch.first_seq < MAX_SEQUENCE) or not _is_name(batch.epoch):
             raise InvalidDocument("impossible sequence numbers or epoch", field="first_seq")
         lost = losses(batch)
         decision = decide(
@@ -222,12 +222,29 @@ class Ingest:
         self.counts["rows"] += len(good)
 
 
+def _is_name(epoch: str) -> bool:
+    return 1 <= len(epoch) <= 64 and epoch.isprintable()
+
+
+def _topic(message: Message) -> str:
+    return message.topic
+
+
 class Ingester:
     """Receives with manual MQTT acks, commits in groups, acknowledges after the commit."""
 
     def __init__(
-        self, ingest: Ingest, journal: Journal, broker: Broker, identity: SigningIdentity, name: str
+        self,
+        ingest: Ingest,
+        journal: Journal,
+        broker: Broker,
+        identity: SigningIdentity,
+        name: str,
+        *,
+        share: str = "",
     ) -> None:
+        """Ingesters with one `share` get each batch once between them (MQTT 5.0, 4.8.2); births go to all,
+        since retained messages are not sent for shared subscriptions."""
         self._ingest = ingest
         self._journal = journal
         self._identity = identity
@@ -237,7 +254,7 @@ class Ingester:
         self._link = Link(
             broker,
             f"edgeward-store-{name}",
-            subscriptions=(topics.ALL_STATUS, topics.ALL_UP),
+            subscriptions=(topics.ALL_STATUS, f"$share/{share}/{topics.ALL_UP}" if share else topics.ALL_UP),
             on_message=self._queue.put,
             manual_ack=True,
             receive_maximum=200,
@@ -267,20 +284,29 @@ class Ingester:
             with contextlib.suppress(queue.Empty):
                 while len(group) < _GROUP:
                     group.append(self._queue.get_nowait())
-            messages = [message for message in group if message is not None]
-            try:
-                self._commit(messages)
-            except Exception as error:  # noqa: BLE001  # a full disk must not end the thread: unacked batches come again
-                self.failure = error
-                log.error("could not store %d messages, they are not acknowledged: %s", len(messages), error)
-            else:
-                self.failure = None
+            # In one order everywhere: ingesters of one journal wait for each other's lanes in turn.
+            messages = sorted((message for message in group if message is not None), key=_topic)
+            self.failure = self._store(messages)
             # Also after a failure: the device repeats what has no ack of ours, while messages held
             # back here would use up the broker's receive window.
             for message in messages:
                 message.acknowledge()
             if len(messages) < len(group):
                 return
+
+    def _store(self, messages: list[Message]) -> Exception | None:
+        """Commit and acknowledge; what fails is tried message by message, so that one holds up no other."""
+        try:
+            self._commit(messages)
+        except Exception as error:  # noqa: BLE001  # a full disk must not end the thread: unacked batches come again
+            if len(messages) > 1:
+                failures = [self._store([message]) for message in messages]
+                return next((failure for failure in failures if failure is not None), None)
+            log.error(
+                "could not store a message on %s, it is not acknowledged: %s", _topic(messages[0]), error
+            )
+            return error
+        return None
 
     def _commit(self, messages: list[Message]) -> None:
         replies: dict[tuple[str, str], Reply] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from edgeward.clock import Clock
 from edgeward.errors import Conflict
 from edgeward.mqtt import Broker
+from trends.databases import Postgres
 from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
@@ -28,10 +29,16 @@ UPKEEP_SECONDS = 3600.0
 class Store:
     """Opens what `enroll` has made. Raises NotFound when there is nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, journal: str = "") -> None:
+        """`journal` is the address of a PostgreSQL database that several ingesters share; empty: a file here.
+
+        Raises UsageError, Unavailable, MissingDependency for a journal that cannot be used.
+        """
         self.folder = folder
         self.enrollment = read_enrollment(folder)
-        self.journal = Journal(folder / "journal.db")
+        self._shared = bool(journal)
+        self._repaired = False
+        self.journal = Journal(Postgres(journal) if journal else folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
         self.queries = Queries(self.tables, self.journal)
 
@@ -58,12 +65,21 @@ class Store:
             os.close(lock)
             raise Conflict(f"another process serves {self.folder}", hint="stop it first") from None
         try:
-            self.tables.repair()
+            if self.journal.leads():
+                self.tables.repair()
+                self._repaired = True
             identity = Identity(self.folder, clock)
             ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock)
             ingest.denied = identity.denied
             broker = Broker(broker_url or self.enrollment.broker)
-            ingester = Ingester(ingest, self.journal, broker, identity.signer, identity.store.name)
+            ingester = Ingester(
+                ingest,
+                self.journal,
+                broker,
+                identity.signer,
+                identity.store.name,
+                share=f"edgeward-{self.journal.identity}" if self._shared else "",
+            )
 
             def changed(fresh: Identity) -> None:
                 ingester.sign_as(fresh.signer)
@@ -78,7 +94,8 @@ class Store:
                 self._flush_until(stop, ingest, Upkeep(self.tables, retention or Retention()), clock)
             finally:
                 ingester.stop()
-                self.tables.flush()
+                if self.journal.leads():
+                    self.tables.flush()
                 log.info("ingested: %s", dict(ingest.counts))
         finally:
             os.close(lock)
@@ -87,9 +104,15 @@ class Store:
         waited, kept_up = 0.0, clock.monotonic() - UPKEEP_SECONDS
         while not stop.wait(0.5):
             waited += 0.5
+            if not self.journal.leads():
+                self._repaired = False
+                continue
             if waited >= FLUSH_SECONDS or self.journal.count() >= FLUSH_ROWS:
                 waited = 0.0
                 try:
+                    if not self._repaired:  # another ingester led until now
+                        self.tables.repair()
+                        self._repaired = True
                     moved = self.tables.flush()
                 except Exception as error:  # noqa: BLE001  # a full disk must not end ingest: rows stay in the journal
                     log.error("cannot write the tables, rows stay in the journal: %s", error)
