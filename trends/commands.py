@@ -83,6 +83,9 @@ def serve(
             help="How long a table is kept, by event time; may be repeated. Default: for ever.",
         ),
     ] = None,
+    quota: Annotated[
+        float, typer.Option(min=1, help="Rows per second and device, on average over a minute.")
+    ] = 100_000.0,
 ) -> None:
     """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
 
@@ -92,6 +95,7 @@ def serve(
     names one PostgreSQL database for all: postgresql://user@host:5432/database, the password in PGPASSFILE.
     """
     from edgeward.clock import SystemClock
+    from trends.quota import Quota
     from trends.upkeep import parse_retention
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -107,7 +111,7 @@ def serve(
 
     threading.Thread(target=announce, daemon=True).start()
     try:
-        store.serve(broker, SystemClock(), stop, ready, retention)
+        store.serve(broker, SystemClock(), stop, ready, retention, Quota(rows=quota))
     finally:
         store.close()
 

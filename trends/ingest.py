@@ -40,6 +40,7 @@ from edgeward.wire.topics import Lane
 from trends.checks import MAX_TEXT, check_row, suspicious
 from trends.journal import Journal
 from trends.losses import losses, share
+from trends.quota import Quota, Quotas
 from trends.sequence import decide
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,19 @@ class _Sequence(NamedTuple):
 class Ingest:
     """Decides and journals; `handle` takes messages one by one, `Ingester` below feeds it from MQTT."""
 
-    def __init__(self, journal: Journal, anchor: TrustAnchor, sites: frozenset[str], clock: Clock) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        anchor: TrustAnchor,
+        sites: frozenset[str],
+        clock: Clock,
+        quota: Quota | None = None,
+    ) -> None:
         self._journal = journal
         self._anchor = anchor
         self._sites = sites
         self._clock = clock
+        self._quotas = Quotas(quota or Quota())
         self._decoders = {lane: msgspec.msgpack.Decoder(kind) for lane, kind in ROW_TYPES.items()}
         self.counts: Counter[str] = Counter()
         self.denied: frozenset[str] = frozenset()
@@ -98,6 +107,11 @@ class Ingest:
                 return None
             assert parsed.lane is not None
             batch = opened.decode(Batch)
+            held = batch.count if batch.gap is None else 1
+            if not self._quotas.allows(parsed.name, held, len(payload), self._clock.monotonic()):
+                # Not acknowledged: the device keeps it and sends it again.
+                self.counts["over quota"] += 1
+                return None
             return self._store(parsed.name, parsed.lane, topic, batch, int(now * 1e6))
         except UnknownSigner:
             # The birth with the certificate may still be on its way; the device sends again.

@@ -16,6 +16,7 @@ from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
+from trends.quota import Quota
 from trends.tables import Tables
 from trends.upkeep import Retention, Upkeep
 
@@ -52,6 +53,7 @@ class Store:
         stop: threading.Event,
         ready: threading.Event,
         retention: Retention | None = None,
+        quota: Quota | None = None,
     ) -> None:
         """Ingest until `stop`; rows move to the tables every few seconds and at the end.
 
@@ -69,7 +71,7 @@ class Store:
                 self.tables.repair()
                 self._repaired = True
             identity = Identity(self.folder, clock)
-            ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock)
+            ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock, quota)
             ingest.denied = identity.denied
             broker = Broker(broker_url or self.enrollment.broker)
             ingester = Ingester(

@@ -32,6 +32,7 @@ from edgeward.wire.rows import Ack, Batch, Gap, Lost, ResultRow, TrendRow, encod
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
+from trends.quota import Quota
 from trends.schemas import SCHEMAS
 from trends.tables import Tables
 from trends.verify import Produced, read_produced, verify
@@ -433,3 +434,14 @@ def test_ingest_over_a_broker_that_is_killed(tmp_path: Path) -> None:
     assert answer.to_pylist() == [{"n": total, "d": total, "m": total - 1}]
     assert killed
     journal.close()
+
+
+def test_batches_over_the_quota_are_put_off_and_lose_nothing(bench: Bench) -> None:
+    bench.ingest = Ingest(
+        bench.journal, bench.fleet.anchor, frozenset({"north"}), bench.clock, Quota(rows=10, seconds=1)
+    )
+    assert bench.deliver(TOPIC, bench.batch(0, 10)) == Ack("e", 9)
+    assert bench.deliver(TOPIC, bench.batch(10, 10)) is None
+    assert bench.ingest.counts["over quota"] == 1 and not bench.journal.quarantined()
+    bench.clock.advance(1)
+    assert bench.deliver(TOPIC, bench.batch(10, 10)) == Ack("e", 19)
