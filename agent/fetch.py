@@ -99,8 +99,8 @@ class BlobStore:
         """Download `/artifacts/{digest}` of exactly `size` bytes, going on where an earlier try stopped.
 
         Raises DigestMismatch when the result is not what was asked for, NoRoom before the first byte, Paused
-        when nothing may be transferred now (what has arrived is kept), Unavailable when the transfer breaks or is too slow (what has arrived is kept for the next try),
-        OSError when the disk does not take it.
+        when nothing may be transferred now, Unavailable when the transfer breaks or is too slow (what has
+        arrived is kept for the next try), OSError when the disk does not take it.
         """
         path = self.path(digest)
         if path.exists() and path.stat().st_size == size:

@@ -147,7 +147,7 @@ class Hours:
 
     def _instant(self, day: date, minutes: int) -> float:
         """The first instant at which the wall clock shows `minutes` after the midnight of `day`, or more."""
-        wanted = datetime(day.year, day.month, day.day) + timedelta(minutes=minutes)  # noqa: DTZ001  # as shown
+        wanted = datetime(day.year, day.month, day.day) + timedelta(minutes=minutes)
         found = wanted.replace(tzinfo=self._zone).timestamp()
         if datetime.fromtimestamp(found, self._zone).replace(tzinfo=None, fold=0) == wanted:
             return found
