@@ -143,12 +143,14 @@ def status(
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
     from agent.holds import Holds
     from agent.state import State
+    from edgeward.clock import SystemClock
     from edgeward.wire.topics import LANES
 
     path = folder / "state.db"
     if not path.exists():
         raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
-    holds = Holds(folder).current()
+    now = SystemClock().now()
+    holds = [hold for hold in Holds(folder).current() if hold.until is None or now < hold.until]
     state = State(path, read_only=True)
     try:
         reported_at, streams = state.stream_reports()
@@ -185,7 +187,7 @@ def status(
             out.print(f"  {variant_line(row)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
-    for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
+    for lane, numbers in dict(facts["outbox"]).items():
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
 
 
