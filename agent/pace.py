@@ -41,6 +41,8 @@ class Pace:
         self._at = clock.monotonic()
         self._looked = -LOOK_SECONDS
         self._stopped = False
+        #: What must not wait for a transfer's end, as slow as that may be; called between its chunks.
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def allow(self, delivery: Delivery, closed: Callable[[], Paused | None]) -> None:
         """From now on: `delivery.rate`, and nothing while `closed` says why not."""
@@ -76,6 +78,7 @@ class Pace:
             now = self._clock.monotonic()
             if now - self._looked >= LOOK_SECONDS:
                 self._looked = now
+                self.meanwhile()
                 self.begin()
             with self._changed:
                 if self._stopped:

@@ -77,6 +77,10 @@ class Candidates:
             ):
                 with contextlib.suppress(Replaced):
                     _stop_at(Walk(self._board, name, candidate), stay)
+        self.tell_holds()
+
+    def tell_holds(self) -> None:
+        """Have it reported when somebody has set or lifted a hold, or one has ended."""
         if (holds := self._gate.holds()) != self._holds:
             self._holds = holds
             self._board.changed()

@@ -113,6 +113,11 @@ class Gate:
         if self._pace is not None:
             self._pace.allow(delivery, self._paused)
 
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """`work` is done now and then while something is transferred, by the thread that transfers it."""
+        if self._pace is not None:
+            self._pace.meanwhile = work
+
     def stop(self) -> None:
         if self._pace is not None:
             self._pace.stop()

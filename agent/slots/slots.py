@@ -58,6 +58,7 @@ class Slots:
         self._gate = gate = gate or Gate(lambda: Moment(clock.now()))
         self._candidates = Candidates(board, state, verifier, self._activation, disk, gate, problem)
         self._care = Care(board, state, self._activation, disk)
+        gate.meanwhile(self._meanwhile)
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
     def start(self) -> None:
@@ -150,6 +151,12 @@ class Slots:
 
     def report(self) -> dict[str, SlotReport]:
         return self._board.report()
+
+    def _meanwhile(self) -> None:
+        """A download under a cap may take hours: the guard and who holds something do not wait for it."""
+        if threading.current_thread() is self._thread:
+            self._care.look_after()
+            self._candidates.tell_holds()
 
     def _work(self) -> None:
         while True:

@@ -362,3 +362,32 @@ def test_a_change_of_the_hours_alone_touches_nothing_that_runs(line: Line, model
     runs(slots, ref, until)
     wish(slots, ref, ActivationTerms(maintenance=FROM_TWO), Delivery(schedule=FROM_TWO, rate=4096))
     assert report(slots).phase is Phase.ACTIVE and line.engine.names == ["m:1"]
+
+
+def test_guard_and_holds_do_not_wait_for_a_download_under_the_cap(
+    line: Line, models: Any, until: Any
+) -> None:
+    first, second = two(line, models)
+    third = line.releaser.release(3, ("third", models["fast"]))
+    slots = line.open()
+    guard = GuardPolicy(minimum=10)
+    for ref in (first, second):
+        wish(slots, ref, guard=guard)
+        runs(slots, ref, until)
+    plain = line.releaser.fetch_blobs
+    line.releaser.fetch_blobs = lambda *arguments: (line.pace.take(4096 * 100_000), plain(*arguments))
+    wish(slots, third, delivery=Delivery(rate=4096), guard=guard)
+    until(lambda: report(slots).phase is Phase.DOWNLOADING)
+    told = line.changes
+    while told.acquire(blocking=False):
+        pass
+    line.hold()
+    until(lambda: line.clock.advance(0.3) or told.acquire(blocking=False))
+    model = slots.active("default")
+    assert model is not None
+    model.health.note(1_000_000, 10)
+    model.health.failed = 90
+    until(lambda: line.clock.advance(0.3) or report(slots).running == first)
+    assert report(slots).phase is Phase.DOWNLOADING
+    line.clock.advance(200_000)
+    assert waits_for(slots, WaitReason.LOCAL_HOLD, until).running == first

@@ -166,3 +166,28 @@ def test_a_rate_that_a_peer_would_cut_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"rate": 4095}, Delivery)
     assert msgspec.convert({"rate": 4096}, Delivery).rate == 4096
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("2026-12-01T00:00:00+01:00", 1796079600.0), ("'2026-11-30T23:00:00Z'", 1796079600.0)],
+)
+def test_an_activation_time_is_an_instant(written: str, seconds: float) -> None:
+    spec = parse_resource(load_yaml(ROLLOUT.format(written), "x")[0]).spec
+    assert spec.activate_at.timestamp() == seconds
+    assert msgspec.json.decode(msgspec.json.encode(spec), type=type(spec)) == spec
+
+
+@pytest.mark.parametrize("written", ["2026-12-01T00:00:00", "2026-12-01", "tomorrow"])
+def test_an_activation_time_without_an_offset_is_refused(written: str) -> None:
+    with pytest.raises(InvalidDocument) as caught:
+        parse_resource(load_yaml(ROLLOUT.format(written), "x")[0])
+    assert caught.value.field == "spec.activateAt"
+
+
+ROLLOUT = """
+apiVersion: edgeward.dev/v1alpha1
+kind: Rollout
+metadata: {{name: r}}
+spec: {{fleet: f, model: m, version: 1, activateAt: {}}}
+"""
