@@ -320,7 +320,7 @@ def test_no_hold_is_set_while_a_switch_becomes_durable(line: Line, models: Any, 
 
     class Watched(State):
         def set_slot(self, name: str, record: SlotRecord) -> None:
-            lock = os.open(line.folder / LOCK, os.O_RDWR)
+            lock = os.open(line.folder / LOCK, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 taken.append(False)
