@@ -159,16 +159,14 @@ def test_a_site_s_hours_and_a_rollout_s_time_travel_and_holds_are_shown(
     until(lambda: plant.client.get("Rollout", "r1")["status"]["phase"] == "Complete")
 
     night = {"zone": "Europe/Berlin", "windows": [{"from": "22:00", "to": "05:00", "days": ["sat"]}]}
-    plant.client.apply(
-        [make("Site", "north", delivery={"schedule": night, "rate": 65536}, maintenance=night)]
-    )
-    after = opened(device, before.generation)
-    assert after is not None and after.delivery.rate == 65536
-    assert (
-        after.delivery.schedule
-        == after.slots["default"].terms.maintenance
-        == msgspec.convert(night, Schedule)
-    )
+    delivery = {"schedule": night, "rate": 65536}
+    plant.client.apply([make("Site", "north", delivery=delivery)])
+    capped = opened(device, before.generation)
+    assert capped is not None and capped.delivery == msgspec.convert(delivery, Delivery)
+    plant.client.apply([make("Site", "north", delivery=delivery, maintenance=night)])
+    after = opened(device, capped.generation)
+    assert after is not None
+    assert after.slots["default"].terms.maintenance == msgspec.convert(night, Schedule)
 
     line = {"matchLabels": {"site": "north"}, "streams": ["s1"]}
     always = {"windows": [{"from": "00:00", "to": "24:00"}]}
