@@ -15,6 +15,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from agent import hold_commands
 from edgeward.cli import bundle
 from edgeward.cli.context import naming, read_secret
 from edgeward.cli.resources import parse_labels
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
     agent.command()(enroll)
     agent.command()(run)
     agent.command()(status)
+    hold_commands.register(agent)
     app.add_typer(agent, name="agent")
     bundle.extend(app, "import", import_)
 
@@ -139,12 +141,16 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
+    from agent.holds import Holds
     from agent.state import State
+    from edgeward.clock import SystemClock
     from edgeward.wire.topics import LANES
 
     path = folder / "state.db"
     if not path.exists():
         raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
+    now = SystemClock().now()
+    holds = [hold for hold in Holds(folder).current() if hold.until is None or now < hold.until]
     state = State(path, read_only=True)
     try:
         reported_at, streams = state.stream_reports()
@@ -161,6 +167,7 @@ def status(
                 lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
                 for lane in LANES
             },
+            "holds": msgspec.to_builtins(holds),
             "sources": {
                 topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
             },
@@ -171,6 +178,8 @@ def status(
         print(json.dumps(facts))
         return
     out.print(f"desired generation {facts['generation']}")
+    for hold in holds:
+        out.print(hold_commands.line_of(hold), markup=False)
     for name, record in state_slots(facts):
         running = record.get("running") or {}
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
@@ -178,7 +187,7 @@ def status(
             out.print(f"  {variant_line(row)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
-    for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
+    for lane, numbers in dict(facts["outbox"]).items():
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
 
 

@@ -16,8 +16,10 @@ import edgeward
 from agent import inventory
 from agent.desired import check
 from agent.fetch import BlobStore
+from agent.holds import Holds
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
+from agent.pace import Pace
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
@@ -25,6 +27,7 @@ from agent.serving.server import Server
 from agent.serving.settings import Settings
 from agent.slots.activation import Setup
 from agent.slots.catalog import SlotCatalog
+from agent.slots.gate import Gate
 from agent.slots.measure import machine_key
 from agent.slots.slots import Slots
 from agent.state import State
@@ -85,7 +88,8 @@ class Daemon:
         self._offers: queue.Queue[bytes] = queue.Queue()
         self._reported_due = threading.Event()
         trust = self.identity.enrollment.trust
-        blobs = BlobStore(folder / "blobs")
+        pace = Pace(clock)
+        blobs = BlobStore(folder / "blobs", pace=pace)
         self._imports = Imports(folder)
         self._imports.sweep()
         self._imported = 0
@@ -110,6 +114,7 @@ class Daemon:
             self._changed,
             setup,
             lambda slot, opened: self.streams.problem(slot, opened),
+            Gate(clock.moment, Holds(folder), pace),
         )
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
@@ -229,7 +234,7 @@ class Daemon:
     def _apply(self, desired: DesiredState) -> None:
         # The streams first: a new model is held against those that it will get.
         self.streams.apply(desired.streams)
-        self.slots.wish(desired.slots)
+        self.slots.wish(desired.slots, desired.delivery)
 
     def _poll_desired(self) -> None:
         """While MQTT is away, HTTPS may still be there."""
@@ -308,6 +313,7 @@ class Daemon:
             self.slots.report(),
             conditions=self.slots.conditions(),
             quarantined=list(self.state.quarantined()),
+            holds=self.slots.holds(),
         )
         topic = topics.reported(self.name)
         self.link.publish(topic, self._seal(reported, topic), retain=True)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.fetch import BlobStore, Limits, NoRoom, Watch, watched
+from agent.pace import Paused
 from agent.state import SlotRecord
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
@@ -68,8 +69,8 @@ def fetch(
 ) -> int | None:
     """Try to make `blob` of one of `bases`; the bytes that came over the network, None without success.
 
-    After a success `blobs` has it, whole and verified. Raises nothing of its own: the caller fetches the
-    whole file unless it is there.
+    After a success `blobs` has it, whole and verified. Raises Paused when nothing may be transferred now, and
+    nothing else of its own: the caller fetches the whole file unless it is there.
     """
     folder = blobs.folder.with_name("deltas")
     if blobs.path(blob.digest).exists():
@@ -88,6 +89,8 @@ def fetch(
         log.info("no delta for %s: %s", blob.digest[:16], error)
         _clear(folder)
         return None
+    except Paused:
+        raise
     except Unavailable as error:
         log.info("no delta for %s now, its whole is fetched: %s", blob.digest[:16], error)
         return None
@@ -156,8 +159,10 @@ class _Download:
     def run(self) -> tuple[bytes, Blob]:
         """The delta and its base.
 
-        Raises Unavailable when what has arrived is worth going on with later, NoRoom.
+        Raises Unavailable when what has arrived is worth going on with later, Paused, NoRoom.
         """
+        if self._blobs.pace is not None:
+            self._blobs.pace.begin()
         idle = 0
         while True:
             before = self._have()
@@ -165,7 +170,7 @@ class _Download:
                 base = self._attempt()
                 assert self._partial is not None
                 return self._partial.read_bytes(), base
-            except NoRoom:
+            except (NoRoom, Paused):
                 raise
             except Unavailable as error:
                 if self._slow or (error.retry_after or 0.0) > AT_ONCE:
@@ -211,17 +216,18 @@ class _Download:
                 file.seek(have)
                 # As it arrives: a fixed size of chunk would wait for more, and lose it all when the link breaks.
                 for chunk in response.iter_raw():
-                    watch.received += len(chunk)
                     have += len(chunk)
                     self._check_length(have)
                     file.write(chunk)
                     self._check_pace(len(chunk))
+                    self._spare(watch, len(chunk))
             return base
 
     @contextmanager
     def _watched(self) -> Iterator[Watch]:
         """One connection, ended when it brings too little, also of the answer's head."""
-        with watched(f"delta for {self._blob.digest[:16]}", self._limits, self._clock) as watch:
+        what = f"delta for {self._blob.digest[:16]}"
+        with watched(what, self._limits, self._clock, self._blobs.pace) as watch:
             try:
                 yield watch
             finally:
@@ -230,6 +236,14 @@ class _Download:
     def _check_length(self, length: int) -> None:
         if length >= self._blob.size:
             raise DeltaError(f"the delta is not smaller than the artifact's signed {self._blob.size} bytes")
+
+    def _spare(self, watch: Watch, arrived: int) -> None:
+        """Wait as the device's rate wants; that is not the peer's time."""
+        before = watch.held()
+        watch.arrived(arrived)
+        held = watch.held() - before
+        self._started += held
+        self._mark += held
 
     def _check_pace(self, arrived: int) -> None:
         """Over all connections: each may bring a byte and break. Raises DeltaError."""

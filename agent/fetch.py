@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.pace import Pace
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
@@ -23,12 +24,15 @@ log = logging.getLogger(__name__)
 
 #: Left free on the disk for the outbox and the state, which must go on when a download cannot.
 RESERVE = 64 << 20
+#: Two clocks measure a window, which may differ by that share of it.
+_EARLY = 0.02
 
 
 @dataclass(frozen=True)
 class Limits:
     """A transfer that brings less than `rate` bytes per second over `window` seconds, or that takes longer
-    than `deadline` seconds altogether, is given up; what has arrived is kept for the next try."""
+    than `deadline` seconds altogether, is given up; what has arrived is kept for the next try. Time in which
+    the device itself holds it up, to keep to its rate, does not count."""
 
     rate: float = 512.0
     window: float = 30.0
@@ -50,8 +54,12 @@ class NoRoom(Unavailable):
 class BlobStore:
     """Content-addressed files in one folder; a file under its digest is whole and verified."""
 
-    def __init__(self, folder: Path, *, limits: Limits | None = None, reserve: int = RESERVE) -> None:
+    def __init__(
+        self, folder: Path, *, limits: Limits | None = None, reserve: int = RESERVE, pace: Pace | None = None
+    ) -> None:
+        """`pace` is the one of all the agent's transfers; None: as fast as they come."""
         self.folder = folder
+        self.pace = pace
         self._limits = limits or Limits()
         self._reserve = reserve
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,9 +92,9 @@ class BlobStore:
     def fetch(self, transport: Transport, digest: str, size: int, clock: Clock) -> Path:
         """Download `/artifacts/{digest}` of exactly `size` bytes, going on where an earlier try stopped.
 
-        Raises DigestMismatch when the result is not what was asked for, NoRoom before the first byte,
-        Unavailable when the transfer breaks or is too slow (what has arrived is kept for the next try),
-        OSError when the disk does not take it.
+        Raises DigestMismatch when the result is not what was asked for, NoRoom before the first byte, Paused
+        when nothing may be transferred now, Unavailable when the transfer breaks or is too slow (what has
+        arrived is kept for the next try), OSError when the disk does not take it.
         """
         path = self.path(digest)
         if path.exists() and path.stat().st_size == size:
@@ -97,6 +105,8 @@ class BlobStore:
             partial.unlink()
             have = 0
         if have < size:
+            if self.pace is not None:
+                self.pace.begin()
             self.check_room(digest, size - have)
             self._transfer(transport, digest, size, partial, have, clock)
         with partial.open("rb") as file:
@@ -122,7 +132,7 @@ class BlobStore:
         if have:
             headers["Range"] = f"bytes={have}-"
         with (
-            watched(f"artifact {digest[:16]}", self._limits, clock) as watch,
+            watched(f"artifact {digest[:16]}", self._limits, clock, self.pace) as watch,
             transport.stream(f"/artifacts/{digest}", headers=headers, connected=watch.connected) as response,
         ):
             if have and not _goes_on(response.status_code, response.headers.get("Content-Range"), have):
@@ -130,12 +140,12 @@ class BlobStore:
             with partial.open("r+b" if have else "wb") as file:
                 file.seek(have)
                 for chunk in response.iter_raw():
-                    watch.received += len(chunk)
                     have += len(chunk)
                     if have > size:
                         partial.unlink()
                         raise DigestMismatch(f"artifact {digest[:16]}: longer than the signed {size} bytes")
                     file.write(chunk)
+                    watch.arrived(len(chunk))
         if have < size:
             raise Unavailable(f"artifact {digest[:16]}: the connection ended at {have} of {size} bytes")
 
@@ -148,16 +158,41 @@ def _goes_on(status: int, content_range: str | None, have: int) -> bool:
 class Watch:
     """One transfer's progress, and its connection, for the thread that ends it when there is too little."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock, pace: Pace | None = None) -> None:
         self.received = 0
         self.problem = ""
+        self._clock = clock
+        self._pace = pace
+        self._held = 0.0
+        self._held_since: float | None = None
         self._connection: socket.socket | None = None
 
     def connected(self, connection: socket.socket) -> None:
         # A descriptor of our own: the client may close, and the system hand out again, the other at any time.
         self._connection = socket.fromfd(connection.fileno(), connection.family, connection.type)
+        if self._pace is not None:
+            self._pace.narrow(self._connection)
         if self.problem:
             self.cut(self.problem)
+
+    def arrived(self, count: int) -> None:
+        """Count `count` bytes that are written already, and wait as long as the device's rate wants.
+
+        Raises Paused, Unavailable.
+        """
+        self.received += count
+        if self._pace is None:
+            return
+        self._held_since = self._clock.monotonic()
+        try:
+            self._pace.take(count)
+        finally:
+            self._held, self._held_since = self.held(), None
+
+    def held(self) -> float:
+        """Seconds in which the device itself held the transfer up."""
+        since = self._held_since
+        return self._held + (0.0 if since is None else self._clock.monotonic() - since)
 
     def cut(self, problem: str) -> None:
         """End the transfer, also one that waits in a read: the read returns then."""
@@ -174,20 +209,28 @@ class Watch:
 
 
 @contextmanager
-def watched(what: str, limits: Limits, clock: Clock) -> Iterator[Watch]:
-    """Raises Unavailable when the transfer in the block was too slow."""
-    watch, done = Watch(), threading.Event()
+def watched(what: str, limits: Limits, clock: Clock, pace: Pace | None = None) -> Iterator[Watch]:
+    """Raises Unavailable when the transfer in the block was too slow, apart from what `pace` held it up."""
+    watch, done = Watch(clock, pace), threading.Event()
 
     def look() -> None:
-        end, before = clock.monotonic() + limits.deadline, 0
-        while not done.wait(min(limits.window, max(0.0, end - clock.monotonic()))):
-            if clock.monotonic() >= end:
+        begun = mark = clock.monotonic()
+        before, spared = 0, 0.0
+        pause = min(limits.window, limits.deadline)
+        while not done.wait(pause):
+            now, held = clock.monotonic(), watch.held()
+            left = limits.deadline - (now - begun - held)
+            if left <= 0:
                 watch.cut(f"{what}: not finished within {limits.deadline:g} s")
                 return
-            if watch.received - before < limits.rate * limits.window:
-                watch.cut(f"{what}: slower than {limits.rate:g} B/s over {limits.window:g} s")
-                return
-            before = watch.received
+            # A window of the peer's own time: it brings nothing while nobody reads.
+            rest = limits.window - (now - mark - (held - spared))
+            if rest <= limits.window * _EARLY:
+                if watch.received - before < limits.rate * limits.window:
+                    watch.cut(f"{what}: slower than {limits.rate:g} B/s over {limits.window:g} s")
+                    return
+                before, mark, spared, rest = watch.received, now, held, limits.window
+            pause = min(rest, left)
 
     thread = threading.Thread(target=look, name="transfer", daemon=True)
     thread.start()

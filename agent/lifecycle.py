@@ -14,7 +14,7 @@ import msgspec
 
 from agent.runtime import recovery
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.reports import Phase
+from edgeward.wire.reports import Phase, WaitReason
 from edgeward.wire.slots import SlotPolicy
 
 
@@ -34,6 +34,9 @@ class Event(StrEnum):
     BREACHED = "breached"
     ROLLED_BACK = "rolled-back"
     ALONE = "alone"
+    CLOSED = "closed"
+    HELD = "held"
+    RELEASED = "released"
 
 
 #: (phase, event) -> phase. Whatever is not here cannot happen, and `step` says so.
@@ -51,6 +54,15 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
     (Phase.ACTIVE, Event.CRASH_LOOP): Phase.DEGRADED,
     (Phase.DEGRADED, Event.RECOVERED): Phase.ACTIVE,
+    # Not the time for it, or somebody at the device says no: what has been done so far stays.
+    (Phase.PENDING, Event.CLOSED): Phase.PENDING,
+    (Phase.DOWNLOADING, Event.CLOSED): Phase.PENDING,
+    (Phase.STAGED, Event.CLOSED): Phase.STAGED,
+    (Phase.SELF_TEST, Event.CLOSED): Phase.STAGED,
+    (Phase.STAGED, Event.HELD): Phase.HELD,
+    (Phase.SELF_TEST, Event.HELD): Phase.HELD,
+    (Phase.HELD, Event.HELD): Phase.HELD,
+    (Phase.HELD, Event.RELEASED): Phase.STAGED,
     # The guard's policy is broken: the predecessor takes over, or there is none that can.
     (Phase.ACTIVE, Event.BREACHED): Phase.ROLLING_BACK,
     (Phase.DEGRADED, Event.BREACHED): Phase.ROLLING_BACK,
@@ -63,7 +75,8 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
 
 @dataclass(frozen=True)
 class SlotState:
-    """The newest wish for a slot, how far it is, and why. Times are seconds since 1970."""
+    """The newest wish for a slot, how far it is, and why. Times are seconds since 1970; `until` is when a
+    window opens or a hold ends, 0 when nobody knows."""
 
     target: ModelRef
     policy: SlotPolicy = field(default_factory=SlotPolicy)
@@ -75,6 +88,7 @@ class SlotState:
     since: float = 0.0
     retry_at: float = 0.0
     failures: int = 0
+    until: float = 0.0
 
 
 RETRY_BASE, RETRY_MAX = 1.0, 300.0
@@ -84,6 +98,7 @@ DISK_RETRY_MAX = 30.0
 ASKED_MAX = 3600.0
 #: A float ends where a device has been offline for some days.
 _DOUBLINGS = 20
+_WAITS = frozenset(WaitReason)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -99,6 +114,13 @@ class Verdict(msgspec.Struct, frozen=True):
 def due(state: SlotState, now: float) -> bool:
     """Whether a Pending candidate may try (again). A time beyond any wait was set by a clock since put right."""
     return state.phase is Phase.PENDING and not now < state.retry_at <= now + max(RETRY_MAX, ASKED_MAX)
+
+
+def waits(state: SlotState) -> bool:
+    """Whether it is the site's hours or a hold that it waits for, and not a next try."""
+    return state.phase in (Phase.STAGED, Phase.HELD) or (
+        state.phase is Phase.PENDING and state.reason in _WAITS
+    )
 
 
 def wish(
@@ -123,7 +145,10 @@ def wish(
 
 def at_once(state: SlotState) -> SlotState:
     """The state whose next try is now: what was unavailable has come."""
-    return replace(state, retry_at=0.0) if state.phase is Phase.PENDING else state
+    if state.phase is not Phase.PENDING:
+        return state
+    # What waits for a window to download in may be here already.
+    return replace(state, retry_at=0.0, until=0.0, reason="" if waits(state) else state.reason)
 
 
 def holds(target: ModelRef, policy: SlotPolicy, losses: int, now: float) -> SlotState:
@@ -160,6 +185,7 @@ class Details(TypedDict, total=False):
     limit: float | None
     asked: float
     patience: float
+    until: float
 
 
 def step(
@@ -173,6 +199,7 @@ def step(
     limit: float | None = None,
     asked: float = 0.0,
     patience: float = RETRY_MAX,
+    until: float = 0.0,
 ) -> SlotState:
     """The state after `event`. Raises ValueError when the table has no such step.
 
@@ -196,4 +223,5 @@ def step(
         since=now if phase is not state.phase else state.since,
         retry_at=retry_at,
         failures=failures,
+        until=until,
     )

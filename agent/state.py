@@ -195,6 +195,14 @@ class State:
         with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO slot VALUES (?,?)", (name, _encode(record)))
 
+    def staged(self, name: str) -> ModelRef | None:
+        """The model that was verified for a slot and then had to wait; an older wish's may stand here."""
+        value = self._meta(f"staged:{name}")
+        return msgspec.msgpack.decode(value, type=ModelRef) if isinstance(value, bytes) else None
+
+    def set_staged(self, name: str, ref: ModelRef) -> None:
+        self._set_meta(f"staged:{name}", _encode(ref))
+
     def quarantine(self, digest: str, verdict: Verdict) -> None:
         with self.transaction():
             self._condemn(digest, verdict)

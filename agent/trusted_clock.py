@@ -27,6 +27,8 @@ DRIFT = 200e-6
 ASK_EVERY = 3600.0
 #: The floor also rises by the time that this process runs; how far before that is written down.
 KEEP_EVERY = 3600.0
+#: How long after its start a device without an answer goes by its own clock to open a window.
+PATIENCE = 60.0
 #: The end of year 9999: later times fit no calendar, and so are no times.
 LATEST = 253402300799.0
 
@@ -44,6 +46,19 @@ class Knowledge:
     high: float | None = None
     offset: float = 0.0
     answered: float = 0.0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The time as far as it is known: `now` to go by, `proven` at the earliest (seconds since 1970).
+
+    Without `known`, `now` may be any later time: the machine's clock is refuted, or the controller has not been
+    asked yet.
+    """
+
+    now: float
+    known: bool = True
+    proven: float = 0.0
 
 
 def lower(known: Knowledge, monotonic: float) -> float:
@@ -108,6 +123,7 @@ class TrustedClock:
         self._lock = threading.Lock()
         self._kept = floor.time_floor()
         self._known = Knowledge(self._kept, clock.monotonic())
+        self._started = clock.monotonic()
 
     def now(self) -> float:
         return read(self._known, self._clock.now(), self._clock.monotonic())
@@ -116,6 +132,14 @@ class TrustedClock:
         """Whether evidence says that the machine's clock is not to be gone by."""
         wall = self._clock.now()
         return read(self._known, wall, self._clock.monotonic()) != wall
+
+    def moment(self) -> Moment:
+        """For what must not happen too early. A wall clock that runs ahead is noticed by the controller's
+        answer only: it has a minute to give one before that clock is believed."""
+        known, wall, monotonic = self._known, self._clock.now(), self._clock.monotonic()
+        low = lower(known, monotonic)
+        alone = low <= wall and monotonic - self._started >= PATIENCE
+        return Moment(read(known, wall, monotonic), known.high is not None or alone, low)
 
     def monotonic(self) -> float:
         return self._clock.monotonic()

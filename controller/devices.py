@@ -10,6 +10,8 @@ import msgspec
 from edgeward.storage import sha256_hex
 from edgeward.wire.desired import DesiredState, ModelRef, SlotTarget, StreamTarget
 from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.resources import FleetSpec, RolloutSpec, SiteSpec
+from edgeward.wire.schedule import ActivationTerms, Delivery
 from edgeward.wire.slots import SlotPolicy
 
 DESIRED_LIFETIME = 7 * 86400.0
@@ -24,9 +26,9 @@ def matches(labels: dict[str, str], match_labels: dict[str, str]) -> bool:
     return match_labels.items() <= labels.items()
 
 
-def content_digest(slots: dict[str, SlotTarget], streams: list[StreamTarget]) -> str:
+def content_digest(desired: DesiredState) -> str:
     """Identifies what a desired state says, apart from its generation and times."""
-    return sha256_hex(_canonical.encode([slots, streams]))
+    return sha256_hex(_canonical.encode([desired.slots, desired.streams, desired.delivery]))
 
 
 def compose(
@@ -37,9 +39,11 @@ def compose(
     models: dict[str, ModelRef],
     streams: list[StreamTarget],
     policies: Mapping[str, SlotPolicy] | None = None,
+    terms: Mapping[str, ActivationTerms] | None = None,
+    delivery: Delivery | None = None,
 ) -> DesiredState:
-    """`models` and `policies` by slot; a slot without a policy runs by the default one."""
-    default, policies = SlotPolicy(), policies or {}
+    """`models`, `policies` and `terms` by slot; a slot without a policy runs by the default one."""
+    default, policies, terms = SlotPolicy(), policies or {}, terms or {}
     return DesiredState(
         site=site,
         device=device,
@@ -47,11 +51,29 @@ def compose(
         issued_at=now,
         expires_at=now + DESIRED_LIFETIME,
         slots={
-            slot: SlotTarget(active=model, policy=policies.get(slot, default))
+            slot: SlotTarget(
+                active=model, policy=policies.get(slot, default), terms=terms.get(slot, ActivationTerms())
+            )
             for slot, model in sorted(models.items())
         },
         streams=sorted(streams, key=lambda stream: stream.name),
+        delivery=delivery or Delivery(),
     )
+
+
+def terms_of(
+    site: SiteSpec, fleet: FleetSpec | None, rollout: RolloutSpec | None, model: ModelRef
+) -> ActivationTerms:
+    """When a device may switch a slot to `model`. A rollout's time is for its own model, not for the way back."""
+    at = None
+    if rollout is not None and rollout.activate_at is not None:
+        at = rollout.activate_at.timestamp() if _is_of(model, rollout) else None
+    maintenance = fleet.maintenance if fleet is not None else None
+    return ActivationTerms(at=at, maintenance=maintenance or site.maintenance)
+
+
+def _is_of(model: ModelRef, rollout: RolloutSpec) -> bool:
+    return (model.model, model.version) == (rollout.model, rollout.version)
 
 
 def slots_of(status: dict[str, Any]) -> dict[str, SlotReport]:

@@ -108,6 +108,7 @@ def observed(message: Status | Reported | Report) -> dict[str, Any]:
                 "slots": plain(message.slots),
                 "conditions": plain(message.conditions),
                 "quarantined": message.quarantined,
+                "holds": plain(message.holds),
             }
         case Report():
             return {"connection": "Online", "streams": streams_of(message)}

@@ -26,7 +26,8 @@ from edgeward.trust.keys import PrivateKey
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
-from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, model_version_name
+from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, SiteSpec, model_version_name
+from edgeward.wire.schedule import ActivationTerms
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
 
@@ -154,6 +155,11 @@ class _Work:
         self._assignments: Assignments = records.assignments(session)
         self.desired = records.desired_states(session)
         specs = {name: msgspec.convert(row.spec, FleetSpec) for name, row in self._fleets.items()}
+        self._specs = specs
+        self._sites = {
+            row.name: msgspec.convert(row.spec, SiteSpec) for row in resources.find(session, "Site")
+        }
+        self._rollout_specs = {row.name: msgspec.convert(row.spec, RolloutSpec) for row in self._rollouts}
         self._policies = {name: spec.slots for name, spec in specs.items()}
         self._members = {name: self._match(spec) for name, spec in specs.items()}
         self.renewed: set[str] = set()
@@ -199,7 +205,7 @@ class _Work:
                 self.changed = True
 
     def _roll(self, row: ResourceRow, superseded_by: str, *, adopts: bool) -> None:
-        spec = msgspec.convert(row.spec, RolloutSpec)
+        spec = self._rollout_specs[row.name]
         status = msgspec.convert(row.status, RolloutStatus)
         version = self._versions.get(model_version_name(spec.model, spec.version))
         if version is None or status.phase in ("Halted", "Superseded"):
@@ -273,8 +279,12 @@ class _Work:
         models = self._models.get(name, {})
         streams = self._streams_of(name)
         policies = self._slot_policies.get(name, {})
-        draft = device_rules.compose(row.spec["site"], name, 0, self._now, models, streams, policies)
-        content = device_rules.content_digest(draft.slots, draft.streams)
+        site = self._sites.get(row.spec["site"], SiteSpec())
+        terms = {slot: self._terms(site, name, slot, model) for slot, model in models.items()}
+        draft = device_rules.compose(
+            row.spec["site"], name, 0, self._now, models, streams, policies, terms, site.delivery
+        )
+        content = device_rules.content_digest(draft)
         held = self.desired.get(name)
         if (
             held is None
@@ -296,6 +306,11 @@ class _Work:
         status["desiredGeneration"] = held.generation
         status["state"] = device_rules.device_state(status, models, held.generation)
         self.changed |= resources.set_status(self._session, row, status)
+
+    def _terms(self, site: SiteSpec, device: str, slot: str, model: ModelRef) -> ActivationTerms:
+        assigned = self._assignments[device, slot]
+        fleet, rollout = self._specs.get(assigned.fleet), self._rollout_specs.get(assigned.rollout)
+        return device_rules.terms_of(site, fleet, rollout, model)
 
     def _summarise_streams(self) -> None:
         statuses = {name: row.status for name, row in self.devices.items()}

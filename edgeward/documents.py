@@ -16,7 +16,8 @@ MAX_VALUES = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what PyYAML lets through: a key that stands twice in one mapping (YAML 1.2, 3.2.1.3)."""
+    """YAML 1.2 where PyYAML is not: a key that stands twice in one mapping is refused (3.2.1.3), and `22:00` is
+    a text, not a number of base 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -28,6 +29,16 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        if ":" in node.value:
+            return node.value
+        whole = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 def read_text(path: Path) -> str:

@@ -55,7 +55,7 @@ class Board:
             measured=candidate.measured if candidate else None,
             limit=candidate.limit if candidate else None,
             since=candidate.since if candidate else 0.0,
-            deadline=(candidate.retry_at or None) if candidate else None,
+            deadline=(candidate.until or candidate.retry_at or None) if candidate else None,
             target=candidate.target if candidate else None,
             running=active.ref if active else None,
             previous=record.previous,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable
@@ -9,15 +10,20 @@ from typing import Unpack
 
 from agent import delta
 from agent.fetch import NoRoom
-from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step
+from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step, waits
+from agent.pace import Paused
 from agent.slots.activation import Activation, Opened, Refused
 from agent.slots.active import make_active
 from agent.slots.board import Board
 from agent.slots.disk import Disk
+from agent.slots.gate import Gate, MustStay, Stay
 from agent.slots.records import recorded
 from agent.state import SlotRecord, State
 from agent.verify import Verifier
 from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable
+from edgeward.wire.desired import ModelRef
+from edgeward.wire.package import Manifest
+from edgeward.wire.reports import Phase
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class Candidates:
         verifier: Verifier,
         activation: Activation,
         disk: Disk,
+        gate: Gate,
         problem: Callable[[str, Opened], str],
     ) -> None:
         """`problem` says why a tested model must not enter a slot after all."""
@@ -47,15 +54,40 @@ class Candidates:
         self._verifier = verifier
         self._activation = activation
         self._disk = disk
+        self._gate = gate
         self._problem = problem
+        self._holds = gate.holds()
 
     def next_due(self) -> tuple[str, SlotState] | None:
         """A candidate that may try now; with the board's lock held."""
         now = self._board.clock.now()
         for name, candidate in self._board.candidates.items():
-            if due(candidate, now):
+            if self._stay(name, candidate) is None if waits(candidate) else due(candidate, now):
                 return name, candidate
         return None
+
+    def look(self) -> None:
+        """Say anew what waits for hours and holds, when these or the clock have been changed."""
+        for name, candidate in list(self._board.candidates.items()):
+            stay = self._stay(name, candidate) if waits(candidate) else None
+            if stay is not None and (candidate.reason, candidate.message, candidate.until) != (
+                stay.reason,
+                stay.message,
+                stay.until or 0.0,
+            ):
+                with contextlib.suppress(Replaced):
+                    _stop_at(Walk(self._board, name, candidate), stay)
+        self.tell_holds()
+
+    def tell_holds(self) -> None:
+        """Have it reported when somebody has set or lifted a hold, or one has ended."""
+        if (holds := self._gate.holds()) != self._holds:
+            self._holds = holds
+            self._board.changed()
+
+    def _stay(self, name: str, candidate: SlotState) -> Stay | None:
+        pending = candidate.phase is Phase.PENDING
+        return self._gate.download() if pending else self._gate.activation(name)
 
     def advance(self, name: str, candidate: SlotState) -> None:
         """Walk one candidate as far as it goes; every stop carries its reason."""
@@ -70,19 +102,35 @@ class Candidates:
 
     def _try(self, walk: Walk) -> None:
         name, target, policy = walk.name, walk.state.target, walk.state.policy
+        manifest = None
         try:
-            walk.to(Event.BEGUN)
-            manifest = self._verifier.fetch_manifest(target)
-            self._activation.fetch(manifest, policy, delta.earlier(self._board.records, name, target.model))
-            walk.to(Event.FETCHED)
-            self._activation.verify(target, manifest, policy)
-            walk.to(Event.VERIFIED)
+            if walk.state.phase is Phase.PENDING:
+                manifest = self._fetch(walk)
+                if (stay := self._gate.activation(name)) is not None:
+                    # Known after a reboot without a network, too.
+                    self._state.set_staged(name, target)
+                walk.to(Event.VERIFIED)
+                if stay is not None:
+                    _stop_at(walk, stay)
+                    return
+            elif walk.state.phase is Phase.HELD:
+                walk.to(Event.RELEASED)
             walk.to(Event.TESTING)
+            if manifest is None:
+                manifest = self._verifier.reopen_manifest(target)
             opened = self._activation.open(target, manifest, policy, walk.check)
             if problem := self._problem(name, opened):
                 opened.runner.stop()
                 raise Refused(MISMATCH, problem, table=opened.table)
             self._activate(walk, opened)
+        except MustStay as error:
+            self._state.set_staged(name, target)
+            _stop_at(walk, error.stay)
+        except Paused as error:
+            if walk.state.phase is Phase.DOWNLOADING:
+                _stop_at(walk, Stay(error.reason, error.message, error.until))
+            else:
+                walk.to(Event.UNAVAILABLE, reason=error.reason, message=error.message)
         except NoRoom as error:
             walk.to(
                 Event.UNAVAILABLE,
@@ -104,14 +152,35 @@ class Candidates:
         except (PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
 
+    def _fetch(self, walk: Walk) -> Manifest:
+        """Everything that the walk needs, verified and on the disk."""
+        name, target, policy = walk.name, walk.state.target, walk.state.policy
+        walk.to(Event.BEGUN)
+        manifest = self._staged(name, target) or self._verifier.fetch_manifest(target)
+        self._activation.fetch(manifest, policy, delta.earlier(self._board.records, name, target.model))
+        walk.to(Event.FETCHED)
+        self._activation.verify(target, manifest, policy)
+        return manifest
+
+    def _staged(self, name: str, target: ModelRef) -> Manifest | None:
+        """The manifest of what was verified before it had to wait, as the durable state vouches for."""
+        if self._state.staged(name) != target:
+            return None
+        try:
+            return self._verifier.reopen_manifest(target)
+        except (EdgewardError, OSError) as error:
+            log.info("slot %s: what was staged is fetched again: %s", name, error)
+            return None
+
     def _activate(self, walk: Walk, opened: Opened) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""
         name, policy = walk.name, walk.state.policy
         before = self._board.records.get(name, SlotRecord())
         record = recorded(before, opened, policy)
         try:
-            walk.check()
-            self._state.set_slot(name, record)
+            with self._gate.switching(name):
+                walk.check()
+                self._state.set_slot(name, record)
             try:
                 with self._board.lock:
                     walk.take(
@@ -156,6 +225,18 @@ class Candidates:
         walk.tell()
         self._disk.sweep()
         self._disk.collect()
+
+
+def _stop_at(walk: Walk, stay: Stay) -> None:
+    """The step to where the walk waits."""
+    if walk.state.phase is Phase.HELD and not stay.held:
+        walk.take(Event.RELEASED)
+    walk.to(
+        Event.HELD if stay.held else Event.CLOSED,
+        reason=stay.reason,
+        message=stay.message,
+        until=stay.until or 0.0,
+    )
 
 
 class Walk:

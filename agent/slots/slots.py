@@ -15,12 +15,15 @@ from agent.slots.board import RUNNING, Board
 from agent.slots.candidate import MISMATCH, Candidates, Replaced
 from agent.slots.care import Care
 from agent.slots.disk import Disk
+from agent.slots.gate import Gate
 from agent.state import State
+from agent.trusted_clock import Moment
 from agent.verify import Verifier
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 from edgeward.wire.desired import SlotTarget
-from edgeward.wire.reports import Condition, Phase, SlotReport
+from edgeward.wire.reports import Condition, Hold, Phase, SlotReport
+from edgeward.wire.schedule import Delivery
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +44,19 @@ class Slots:
         changed: Callable[[], None],
         setup: Setup | None = None,
         problem: Callable[[str, Opened], str] = lambda slot, opened: "",
+        gate: Gate | None = None,
     ) -> None:
         """`changed` is called after every change, from any of the agent's threads. `problem` says why a
-        tested model must not enter a slot after all: a stream of that slot cannot feed it."""
+        tested model must not enter a slot after all: a stream of that slot cannot feed it. `gate` knows the
+        site's hours and holds."""
         self._state = state
         self._board = board = Board(state.slots(), clock, changed)
         self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._disk = disk = Disk(board, state, verifier, self._activation)
-        self._candidates = Candidates(board, state, verifier, self._activation, disk, problem)
+        self._gate = gate = gate or Gate(lambda: Moment(clock.now()))
+        self._candidates = Candidates(board, state, verifier, self._activation, disk, gate, problem)
         self._care = Care(board, state, self._activation, disk)
+        gate.meanwhile(self._meanwhile)
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
     def start(self) -> None:
@@ -72,6 +79,7 @@ class Slots:
                 return
             self._board.stop = True
             self._board.lock.notify_all()
+        self._gate.stop()
         self._thread.join(30)
         for model in self._board.active.values():
             model.runner.stop()
@@ -79,8 +87,9 @@ class Slots:
     def active(self, slot: str) -> ActiveModel | None:
         return self._board.active.get(slot)
 
-    def wish(self, targets: dict[str, SlotTarget]) -> None:
+    def wish(self, targets: dict[str, SlotTarget], delivery: Delivery | None = None) -> None:
         """Whole wanted state; a slot that is not in it keeps what it runs and gets no candidate."""
+        self._gate.take(delivery or Delivery(), {name: target.terms for name, target in targets.items()})
         quarantined = self._state.quarantined()
         now = self._board.clock.now()
         with self._board.lock:
@@ -132,12 +141,23 @@ class Slots:
         with self._board.lock:
             return conditions(dict(self._board.active))
 
+    def holds(self) -> list[Hold]:
+        """What somebody at the device holds now."""
+        return list(self._gate.holds())
+
     def report(self) -> dict[str, SlotReport]:
         return self._board.report()
+
+    def _meanwhile(self) -> None:
+        """A download under a cap may take hours: the guard and who holds something do not wait for it."""
+        if threading.current_thread() is self._thread:
+            self._care.look_after()
+            self._candidates.tell_holds()
 
     def _work(self) -> None:
         while True:
             self._care.look_after()
+            self._candidates.look()
             with self._board.lock:
                 if self._board.stop:
                     return

@@ -11,6 +11,10 @@ A model that a device refuses whatever the policy (its digest is quarantined the
 it. One that it refuses under the slot's present policy stays its wish while the rollout stands: the
 device runs what it ran and says why, and takes the model once the policy or the device allows it.
 Taken back, it would be given again as soon as the refusal no longer stands in the device's report.
+
+The `deadline` runs for each device by itself. It does not run while the device waits for its site's hours, for
+the activation time, or because somebody there holds it: until the instant that the device names, or, without
+one, until it goes on. Such a device neither fails the wave nor passes it.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from enum import Enum
 
 import msgspec
 
+from controller.rollouts import waiting
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase, SlotReport
 from edgeward.wire.resources import RolloutEvent, RolloutSpec, RolloutStatus, WaveStatus
@@ -314,20 +319,30 @@ def _judge(
         )  # fmt: skip
         draft.set(reason="", message="")
         return None
-    waiting = [name for name in present if name not in succeeded]
+    missing = [name for name in present if name not in succeeded]
+    reports = {name: fleet[name].slot for name in present}
+    wave = draft.wave(excused=waiting.excused(wave.excused, reports, target, draft.now))
+    late = {
+        name: elapsed
+        for name in (*missing, *unmeasured)
+        if (elapsed := waiting.elapsed(wave, name, draft.now)) > spec.deadline
+    }
+    overdue = [name for name in missing if name in late]
     lacking = (
-        f"no drift figure yet from {_names(unmeasured)}" if unmeasured else f"waiting for {_names(waiting)}"
+        f"no drift figure yet from {_names(unmeasured)}" if unmeasured else f"waiting for {_names(missing)}"
     )
-    elapsed = draft.now - wave.started_at
-    if not held and not spec.paused and elapsed > spec.deadline:
+    lost = len(overdue) > forgiven(spec, len(present)) or any(name in late for name in unmeasured)
+    if not held and not spec.paused and lost:
         return _halt(
             draft, target, fleet, "DeadlineExceeded",
             f"{len(succeeded)} of {len(present)} devices run it after {spec.deadline:g} s; {lacking}",
-            waiting[0] if len(waiting) == 1 else "", elapsed, spec.deadline,
+            overdue[0] if len(overdue) == 1 else "", max(late.values()), spec.deadline,
         )  # fmt: skip
     if not spec.paused:
         reason, message = (
-            ("Soaking", f"held for {spec.gate.soak:g} s") if held else ("WaveInProgress", lacking)
+            ("Soaking", f"held for {spec.gate.soak:g} s")
+            if held
+            else waiting.told(wave, reports, missing, lacking)
         )
         draft.set(reason=reason, message=message)
     return None

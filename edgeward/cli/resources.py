@@ -222,7 +222,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
     """The columns that matter of each kind."""
     view = Table(box=None, pad_edge=False, header_style="bold")
     columns: dict[str, list[str]] = {
-        "Device": ["NAME", "SITE", "ONLINE", "STATE", "CONDITIONS", "MODELS", "AGE"],
+        "Device": ["NAME", "SITE", "ONLINE", "STATE", "CONDITIONS", "HELD", "MODELS", "AGE"],
         "Rollout": ["NAME", "FLEET", "MODEL", "PHASE", "UPDATED", "REASON", "AGE"],
         "ModelVersion": ["NAME", "MODEL", "VERSION", "DIGEST", "AGE"],
         "Fleet": ["NAME", "SELECTOR", "STREAMS", "AGE"],
@@ -252,6 +252,7 @@ def table(kind: str, items: list[dict[str, Any]]) -> Table:
                     status.get("connection", "Unseen"),
                     "Revoked" if spec.get("revoked") else status.get("state", ""),
                     ", ".join(condition_word(one) for one in status.get("conditions", [])),
+                    "; ".join(hold_word(one, now) for one in status.get("holds", [])),
                     running,
                     age,
                 )
@@ -289,6 +290,12 @@ def condition_word(condition: dict[str, Any]) -> str:
     """`ProviderFallback`, or `StreamsRunning=False` where the type names what should be."""
     kind, held = condition["type"], condition["status"]
     return f"{kind}" if held == "True" else f"{kind}={held}"
+
+
+def hold_word(hold: dict[str, Any], now: float) -> str:
+    """`press by anna for 2h: audit`: which slot (none: all), who set it, how long ago, and why."""
+    whom = f"{hold['slot']} by" if hold["slot"] else "by"
+    return f"{whom} {hold['by'] or 'nobody known'} for {age_of(now - hold['since'])}: {hold['reason']}"
 
 
 def event_line(event: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from edgeward.wire.schedule import ActivationTerms, Delivery
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
 
@@ -22,11 +23,15 @@ class ModelRef(Struct, frozen=True):
 
 
 class SlotTarget(Struct, frozen=True):
-    """What a model slot shall hold: the acting model and, if set, a candidate that runs without acting."""
+    """What a model slot shall hold: the acting model and, if set, a candidate that runs without acting.
+
+    `terms` say when `active` may take over; it is fetched and verified before that.
+    """
 
     active: ModelRef
     shadow: ModelRef | None = None
     policy: SlotPolicy = SlotPolicy()
+    terms: ActivationTerms = ActivationTerms()
 
 
 class StreamTarget(Struct, frozen=True):
@@ -52,6 +57,7 @@ class DesiredState(Struct, frozen=True):
     slots: dict[str, SlotTarget]
     streams: list[StreamTarget]
     policies: dict[str, Any] = {}
+    delivery: Delivery = Delivery()
 
 
 encode = msgspec.json.Encoder().encode

@@ -115,6 +115,34 @@ class Condition(Struct, frozen=True, rename="camel"):
     observed_generation: int = 0
 
 
+class WaitReason(StrEnum):
+    """Why a slot that is fine does not go on: of the site's hours or people, not of the model or the link.
+
+    A window is waited for as Pending (`BANDWIDTH_WINDOW`) or Staged, a hold as Held; `CLOCK_UNKNOWN` and
+    `ZONE_UNKNOWN` say why a device cannot tell whether a window is open.
+    """
+
+    BANDWIDTH_WINDOW = "BandwidthWindow"
+    ACTIVATION_TIME = "ActivationTime"
+    MAINTENANCE_WINDOW = "MaintenanceWindow"
+    CLOCK_UNKNOWN = "ClockUnknown"
+    ZONE_UNKNOWN = "ZoneUnknown"
+    LOCAL_HOLD = "LocalHold"
+
+
+class Hold(Struct, frozen=True):
+    """Somebody at the device keeps a slot on the model that it runs; `slot` is empty for all of them.
+
+    Set and lifted on the device only. `by` is the local user, `until` when it ends by itself (None: never).
+    """
+
+    slot: str
+    by: str
+    reason: str
+    since: float
+    until: float | None = None
+
+
 class Reported(Struct, frozen=True):
     """`observed_generation` is the newest desired generation the device has accepted as genuine."""
 
@@ -125,6 +153,7 @@ class Reported(Struct, frozen=True):
     slots: dict[str, SlotReport]
     conditions: list[Condition] = []
     quarantined: list[str] = []
+    holds: list[Hold] = []
 
 
 class StreamReport(Struct, frozen=True):

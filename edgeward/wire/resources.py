@@ -7,6 +7,7 @@ One struct per kind is the only declaration: the API, the CLI and the controller
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from edgeward.fields import explain, name_keys, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
 from edgeward.wire.providers import check_providers
+from edgeward.wire.schedule import Delivery, Schedule, check_schedule
 from edgeward.wire.slots import SlotPolicy, check_policy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 from edgeward.wire.stream_checks import check_stream
@@ -46,11 +48,17 @@ class Residency(SpecStruct, frozen=True):
 
 
 class SiteSpec(SpecStruct, frozen=True):
-    """With `approval: required` a person approves each device that enrols here."""
+    """With `approval: required` a person approves each device that enrols here.
+
+    Artifacts come to its devices as `delivery` says; a model takes over within `maintenance` only (None: at
+    any time).
+    """
 
     description: str = ""
     approval: Literal["automatic", "required"] = "automatic"
     residency: Residency = Residency()
+    delivery: Delivery = Delivery()
+    maintenance: Schedule | None = None
 
 
 class DeviceSpec(SpecStruct, frozen=True):
@@ -63,12 +71,14 @@ class DeviceSpec(SpecStruct, frozen=True):
 class FleetSpec(SpecStruct, frozen=True):
     """The devices whose labels equal every pair of `match_labels`, the streams they run, and how their slots run.
 
-    Each device has the labels `site` and `device` besides its own.
+    Each device has the labels `site` and `device` besides its own. `maintenance` takes the place of its
+    site's for the slots that this fleet's rollouts fill.
     """
 
     match_labels: Annotated[dict[str, str], Meta(min_length=1)]
     streams: list[str] = []
     slots: dict[str, SlotPolicy] = {}
+    maintenance: Schedule | None = None
 
 
 class ModelSpec(SpecStruct, frozen=True):
@@ -106,7 +116,11 @@ class Gate(SpecStruct, frozen=True):
 
 
 class RolloutSpec(SpecStruct, frozen=True):
-    """A model version to a fleet. `deadline` seconds bound each wave; then the rollout halts with a reason."""
+    """A model version to a fleet. `deadline` seconds bound each wave; then the rollout halts with a reason.
+
+    Devices fetch and verify the model at once and switch to it at `activate_at` or later. While a device waits
+    for that, for its site's hours, or because somebody there holds it, the deadline does not run for it.
+    """
 
     fleet: str
     model: str
@@ -117,6 +131,7 @@ class RolloutSpec(SpecStruct, frozen=True):
     )
     gate: Gate = Gate()
     deadline: Seconds = 600.0
+    activate_at: Annotated[datetime, Meta(tz=True)] | None = None
     paused: bool = False
 
 
@@ -133,12 +148,16 @@ class RolloutEvent(Struct, frozen=True, rename="camel"):
 
 
 class WaveStatus(Struct, frozen=True, rename="camel"):
+    """`excused` holds the devices that the site's hours or a hold kept from going on: None while they do, else
+    when they were seen to go on, which is when their deadline began to run."""
+
     devices: list[str]
     started_at: float
     succeeded: int = 0
     failed: int = 0
     passed_at: float | None = None
     held_since: float | None = None
+    excused: dict[str, float | None] = {}
 
 
 class RolloutStatus(Struct, frozen=True, rename="camel"):
@@ -255,6 +274,10 @@ def _check(spec: SpecStruct) -> None:
                 check_name(slot, "spec.slots")
                 check_providers(policy.providers, f"spec.slots.{slot}.providers")
                 check_policy(policy, f"spec.slots.{slot}")
+            check_schedule(spec.maintenance, "spec.maintenance")
+        case SiteSpec():
+            check_schedule(spec.delivery.schedule, "spec.delivery.schedule")
+            check_schedule(spec.maintenance, "spec.maintenance")
         case DeviceSpec():
             check_name(spec.site, "spec.site")
         case ModelVersionSpec():

@@ -312,6 +312,16 @@ def test_a_condition_stands_beside_the_state_with_its_message(browser, controlle
     assert browser.run("return document.title") == "Edgeward"
 
 
+def test_a_hold_says_who_set_it_and_why(browser, controller):
+    hold = {"slot": "press", "by": EVIL, "reason": f"audit {EVIL}", "since": 1.0, "until": 1e10}
+    controller.content["devices"][0] = device("turbine-1", "north", 2, holds=[hold])
+    browser.sign_in(controller.url)
+    wait(lambda: f"press: held by {EVIL}" in browser.text("#devices .pill.warn"))
+    title = browser.run("return document.querySelector('#devices .pill.warn').title")
+    assert title.startswith(f"audit {EVIL} (since ") and ", until " in title
+    assert browser.run("return document.title") == "Edgeward"
+
+
 def test_follows_changes_live_under_a_steady_stream_of_events(browser, controller):
     browser.sign_in(controller.url)
     wait(lambda: "turbine-3" in browser.text("#devices"))

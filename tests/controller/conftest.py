@@ -45,7 +45,7 @@ from edgeward.wire.package import (
     Variant,
     target_path,
 )
-from edgeward.wire.reports import Phase, Reported, SlotReport, Status
+from edgeward.wire.reports import Hold, Phase, Reported, SlotReport, Status
 from edgeward.wire.resources import Resource, parse_resource
 
 ONNX = b"\x08\x08\x12\x04test" + bytes(64)
@@ -148,10 +148,14 @@ class Device:
         return topic, seal(message, topic, self.identity, with_certificate=True)
 
     def reported(
-        self, generation: int, slots: dict[str, SlotReport], quarantined: list[str] | None = None
+        self,
+        generation: int,
+        slots: dict[str, SlotReport],
+        quarantined: list[str] | None = None,
+        holds: list[Hold] | None = None,
     ) -> tuple[str, bytes]:
         self.n += 1
-        message = Reported(1, self.n, time.time(), generation, slots, quarantined=quarantined or [])
+        message = Reported(1, self.n, time.time(), generation, slots, [], quarantined or [], holds or [])
         topic = topics.reported(self.name)
         return topic, seal(message, topic, self.identity)
 

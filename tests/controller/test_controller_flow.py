@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import msgspec
+import pytest
+from rich.console import Console
+
 from controller.devices import slots_of
+from edgeward.cli.resources import table
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
-from edgeward.wire.reports import Phase, SlotReport, VariantMeasure
+from edgeward.wire.reports import Hold, Phase, SlotReport, VariantMeasure
+from edgeward.wire.schedule import ActivationTerms, Delivery, Schedule
 from edgeward.wire.slots import SlotPolicy
 
 
@@ -136,3 +143,64 @@ def test_a_policy_that_forbids_what_runs_is_told_once_and_named(
     back = opened(device, changed.generation)
     assert back is not None and back.generation == changed.generation + 1
     assert back.slots["default"].active == model and back.slots["default"].policy == SlotPolicy()
+
+
+def test_a_site_s_hours_and_a_rollout_s_time_travel_and_holds_are_shown(
+    plant: Any, until: Any, make: Any, rollout: Any, edgeward_table: Any
+) -> None:
+    plant.begin()
+    device = plant.enroll("d1")
+    v1, v2 = plant.publish(1), plant.publish(2)
+    device.http.send(*device.birth())
+    plant.client.apply([rollout("r1", 1)])
+    before = until(lambda: (got := opened(device, wait=0)) and got.slots and got)
+    assert before.delivery == Delivery() and before.slots["default"].terms == ActivationTerms()
+    device.http.send(*device.runs(v1, before.generation))
+    until(lambda: plant.client.get("Rollout", "r1")["status"]["phase"] == "Complete")
+
+    night = {"zone": "Europe/Berlin", "windows": [{"from": "22:00", "to": "05:00", "days": ["sat"]}]}
+    delivery = {"schedule": night, "rate": 65536}
+    plant.client.apply([make("Site", "north", delivery=delivery)])
+    capped = opened(device, before.generation)
+    assert capped is not None and capped.delivery == msgspec.convert(delivery, Delivery)
+    plant.client.apply([make("Site", "north", delivery=delivery, maintenance=night)])
+    after = opened(device, capped.generation)
+    assert after is not None
+    assert after.slots["default"].terms.maintenance == msgspec.convert(night, Schedule)
+
+    line = {"matchLabels": {"site": "north"}, "streams": ["s1"]}
+    always = {"windows": [{"from": "00:00", "to": "24:00"}]}
+    plant.client.apply([make("Fleet", "line", **line, maintenance=always)])
+    own = opened(device, after.generation)
+    assert own is not None and own.slots["default"].terms.maintenance == msgspec.convert(always, Schedule)
+
+    plant.client.apply([rollout("r2", 2, activateAt="2100-01-01T01:00:00+01:00")])
+    timed = opened(device, own.generation)
+    assert timed is not None and timed.slots["default"].active == v2
+    assert timed.slots["default"].terms.at == 4102444800.0
+    held = SlotReport(Phase.HELD, "LocalHold", "held by anna: audit", target=v2, running=v1)
+    holds = [Hold("", "anna", "audit", time.time() - 7300)]
+    device.http.send(*device.reported(timed.generation, {"default": held}, holds=holds))
+    until(lambda: plant.client.get("Rollout", "r2")["status"].get("reason") == "LocalHold")
+    assert plant.device("d1")["status"]["holds"][0]["by"] == "anna"
+    assert "by anna for 2h: audit" in edgeward_table("Device", plant.client.find("Device"))
+
+    # The way back is for the site's hours, not for the time of the model that it leads away from.
+    failed = SlotReport(Phase.QUARANTINED, "SelfTestFailed", "off", target=v2, running=v1)
+    device.http.send(*device.reported(timed.generation, {"default": failed}, [v2.digest]))
+    back = opened(device, timed.generation)
+    assert back is not None and back.slots["default"].active == v1
+    assert back.slots["default"].terms == ActivationTerms(maintenance=msgspec.convert(always, Schedule))
+
+
+@pytest.fixture
+def edgeward_table() -> Any:
+    """What `edgeward get` prints, on a wide terminal."""
+
+    def show(kind: str, items: list[dict[str, Any]]) -> str:
+        console = Console(width=300)
+        with console.capture() as capture:
+            console.print(table(kind, items))
+        return capture.get()
+
+    return show

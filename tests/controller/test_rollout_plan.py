@@ -241,3 +241,131 @@ def test_a_wave_without_devices_is_not_soaked() -> None:
     assert at["WavePassed", 0].at - at["WaveStarted", 0].at >= 30.0
     assert at["WavePassed", 1].at == at["WaveStarted", 1].at
     assert at["WaveStarted", 1].message == "m:2 to no further device"
+
+
+# --- devices that wait for their site --------------------------------------------------------------
+
+
+def staying(
+    fleet: Fleet,
+    name: str,
+    phase: Phase = Phase.STAGED,
+    reason: str = "MaintenanceWindow",
+    opens: float | None = None,
+) -> None:
+    """The device has the target and reports that it waits."""
+    slot = SlotReport(phase, reason, "the window opens later", target=V2, running=V1, deadline=opens)
+    fleet.seen[name] = replace(fleet.seen[name], slot=slot)
+
+
+def going_on(fleet: Fleet, name: str) -> None:
+    fleet.seen[name] = replace(fleet.seen[name], slot=SlotReport(Phase.SELF_TEST, target=V2, running=V1))
+
+
+class Rolling:
+    """A rollout that is looked at again and again; it ends at the first look after its deadline of 600 s."""
+
+    def __init__(self, spec: RolloutSpec, fleet: Fleet) -> None:
+        self.spec, self.fleet, self.status = spec, fleet, RolloutStatus()
+
+    def look(self, now: float) -> RolloutStatus:
+        made = plan(self.spec, self.status, V2, self.fleet.seen, now)
+        again = plan(self.spec, made.status, V2, self.fleet.seen, now)
+        assert again.status == made.status, "the same once more: nothing to write"
+        self.status = made.status
+        self.fleet.obey(made)
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "opens"),
+    [
+        (Phase.STAGED, "MaintenanceWindow", 40_000.0),
+        (Phase.STAGED, "ActivationTime", 40_000.0),
+        (Phase.PENDING, "BandwidthWindow", 40_000.0),
+        (Phase.STAGED, "ClockUnknown", None),
+        (Phase.HELD, "LocalHold", None),
+        (Phase.HELD, "LocalHold", 40_000.0),
+    ],
+)
+def test_the_deadline_counts_from_the_opening(phase: Phase, reason: str, opens: float | None) -> None:
+    fleet = Fleet(2)
+    rolling = Rolling(CANARY, fleet)
+    rolling.look(0.0)
+    staying(fleet, "d00", phase, reason, opens)
+    for now in (10.0, 5_000.0, 39_999.0):
+        status = rolling.look(now)
+        assert (status.phase, status.reason) == ("Progressing", reason) and len(status.waves) == 1
+        assert "d00: the window opens later" in status.message
+    going_on(fleet, "d00")
+    assert rolling.look(40_001.0).reason == "WaveInProgress"
+    assert rolling.look(40_601.0).phase == "Progressing"
+    status = rolling.look(40_602.0)
+    assert (status.phase, status.reason) == ("Halted", "DeadlineExceeded")
+    assert status.timeline[-2].measured == 601.0
+
+
+def test_once_it_has_opened_the_rollout_goes_on() -> None:
+    fleet = Fleet(2)
+    rolling = Rolling(CANARY, fleet)
+    rolling.look(0.0)
+    staying(fleet, "d00", opens=9_000.0)
+    rolling.look(8_000.0)
+    fleet.report()
+    assert len(rolling.look(9_010.0).waves) == 2 and rolling.status.waves[0].passed_at == 9_010.0
+    rolling.look(9_011.0)
+    staying(fleet, "d01", opens=20_000.0)
+    rolling.look(19_000.0)
+    fleet.report()
+    assert rolling.look(20_010.0).phase == "Complete"
+
+
+def test_a_device_that_is_silent_after_its_opening_is_late() -> None:
+    fleet = Fleet(1)
+    rolling = Rolling(CANARY, fleet)
+    rolling.look(0.0)
+    staying(fleet, "d00", opens=9_000.0)
+    rolling.look(8_000.0)
+    assert rolling.look(9_000.0).phase == "Progressing"
+    assert rolling.look(9_601.0).reason == "DeadlineExceeded"
+
+
+def test_who_does_not_wait_is_late_beside_others_that_do() -> None:
+    fleet = Fleet(2)
+    rolling = Rolling(spec_of([Wave(share=1.0)]), fleet)
+    rolling.look(0.0)
+    staying(fleet, "d00", Phase.HELD, "LocalHold")
+    assert rolling.look(600.0).phase == "Progressing"
+    status = rolling.look(601.0)
+    assert (status.phase, status.reason) == ("Halted", "DeadlineExceeded")
+    assert status.timeline[-2].device == "d01"
+
+
+def test_a_wave_may_pass_without_a_held_device_where_its_gate_forgives_one() -> None:
+    fleet = Fleet(4)
+    rolling = Rolling(spec_of([Wave(share=1.0)], gate=Gate(min_success=0.75)), fleet)
+    rolling.look(0.0)
+    fleet.report()
+    staying(fleet, "d03", Phase.HELD, "LocalHold")
+    assert rolling.look(10.0).phase == "Complete"
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason"),
+    [(Phase.DOWNLOADING, "MaintenanceWindow"), (Phase.PENDING, "Unavailable"), (Phase.STAGED, "")],
+)
+def test_a_device_that_is_on_its_own_time_is_late(phase: Phase, reason: str) -> None:
+    fleet = Fleet(1)
+    rolling = Rolling(CANARY, fleet)
+    rolling.look(0.0)
+    staying(fleet, "d00", phase, reason)
+    assert rolling.look(601.0).reason == "DeadlineExceeded"
+
+
+def test_what_waits_with_another_model_is_no_excuse() -> None:
+    fleet = Fleet(1)
+    rolling = Rolling(CANARY, fleet)
+    rolling.look(0.0)
+    slot = SlotReport(Phase.HELD, "LocalHold", target=V1)
+    fleet.seen["d00"] = replace(fleet.seen["d00"], slot=slot)
+    assert rolling.look(601.0).reason == "DeadlineExceeded"

@@ -162,7 +162,7 @@ def test_a_rollout_gets_its_defaults(tmp_path: Path) -> None:
         (ROLLOUT + "---" + ROLLOUT, r"document 2.*stands in"),
         (
             ROLLOUT + "  colour: red\n",
-            r"unknown field `colour`, expected one of deadline, fleet, gate, model",
+            r"unknown field `colour`, expected one of activateAt, deadline, fleet, gate",
         ),
         (
             ROLLOUT + "  gate: {minSucces: 1}\n",

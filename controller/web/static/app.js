@@ -72,6 +72,13 @@ function stateOf(status) {
     mark.title = message || "";
     view.append(" ", mark);
   }
+  for (const { slot, by, reason, since, until } of status.holds || []) {
+    const mark = pill(`${slot ? `${slot}: ` : ""}held by ${by || "nobody known"}`);
+    mark.classList.add("warn");
+    const ends = until ? `, until ${new Date(until * 1000).toLocaleString()}` : "";
+    mark.title = `${reason} (since ${new Date(since * 1000).toLocaleString()}${ends})`;
+    view.append(" ", mark);
+  }
   return view;
 }
 
