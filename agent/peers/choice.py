@@ -15,6 +15,8 @@ from typing import Literal
 
 #: Seconds between one agent's turn to go to the controller and the next one's, growing ever less.
 STEP = 3.0
+#: Seconds left to those before me that do not want it (yet): all are told of a release at about the same time.
+SETTLE = 0.3
 #: Seconds for which a peer that downloads may bring nothing new; making a delta alone may take 36.
 STALL = 60.0
 #: Seconds for which a peer may say that it has the blob but no upload to spare.
@@ -24,14 +26,14 @@ TOTAL = 900.0
 #: Seconds between two questions: the first, and the most.
 POLL, POLL_MOST = 0.25, 2.0
 #: Peers that are asked again while waiting.
-ASKED_AGAIN = 8
+ASKED_AGAIN = 16
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`has` it; it is `coming` there, `received` bytes by now; has it but is `full`; it is `missing`."""
+    """`has` it; it is `coming` there, `received` bytes by now; has it but is `full`; `wants` it, too; `missing`."""
 
-    kind: Literal["has", "coming", "full", "missing"]
+    kind: Literal["has", "coming", "full", "wants", "missing"]
     received: int = 0
 
 
@@ -70,7 +72,7 @@ def order(digest: str, names: Iterable[str]) -> list[str]:
 
 
 def grace(rank: int) -> float:
-    """Seconds that the agent of this rank leaves to those before it. Rises strictly, ever less."""
+    """Seconds that an agent leaves to so many before it that want the same. Rises strictly, ever less."""
     return STEP * math.log2(1 + rank)
 
 
@@ -103,16 +105,23 @@ def next_step(digest: str, me: str, answers: Mapping[str, Answer], waited: float
         return Take(order(f"{digest}\n{me}", having)[0])
     if any(answer.kind in ("coming", "full") for answer in answers.values()):
         return Wait(poll)
-    left = grace(order(digest, [*answers, me]).index(me)) - waited
+    before = _before(digest, me, answers)
+    wanting = sum(answers[name].kind == "wants" for name in before)
+    left = (grace(wanting) if wanting else SETTLE if before else 0.0) - waited
     return Wait(min(poll, left)) if left > 0 else Go()
+
+
+def _before(digest: str, me: str, names: Iterable[str]) -> list[str]:
+    ranked = order(digest, [*names, me])
+    return ranked[: ranked.index(me)]
 
 
 def ask_again(digest: str, me: str, answers: Mapping[str, Answer]) -> list[str]:
     """Whom to ask while waiting: who has it or will, then who goes to the controller before me."""
-    ranked = order(digest, [*answers, me])
-    useful = [name for name in ranked if name in answers and answers[name].kind != "missing"]
-    before = ranked[: ranked.index(me)]
-    return list(dict.fromkeys([*useful, *before]))[:ASKED_AGAIN]
+    before = _before(digest, me, answers)
+    useful = [name for name in order(digest, answers) if answers[name].kind in ("has", "coming", "full")]
+    wanting = [name for name in before if answers[name].kind == "wants"]
+    return list(dict.fromkeys([*useful, *wanting, *before]))[:ASKED_AGAIN]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Peers:
         self._wait = wait
         self._figures = figures
         self._lock = threading.Lock()
+        self._wanted: set[str] = set()
         self._coming: set[str] = set()
         self._at: dict[str, Address] = {}
         self._standings: dict[str, Standing] = {}
@@ -81,6 +82,10 @@ class Peers:
         """
         if self._blobs.has(digest, size):
             return
+        with self._among(self._wanted, digest):
+            self._obtain(digest, size, download)
+
+    def _obtain(self, digest: str, size: int, download: Callable[[], None]) -> None:
         now = self._clock.monotonic()
         wrote = {""} if self._blobs.arrived(digest, PEER) else set()
         search = _Search(digest, size, now, now, wrote, {}, {})
@@ -88,7 +93,7 @@ class Peers:
         while not self._blobs.has(digest, size):
             step = self._decide(search, answers, poll)
             if isinstance(step, choice.Go):
-                with self._fetching(digest):
+                with self._among(self._coming, digest):
                     download()
                 self._figures.add(Obtained(controller_blobs=1, controller_bytes=size))
                 return
@@ -103,13 +108,17 @@ class Peers:
                 raise Unavailable(f"artifact {digest[:16]}: the agent ends")
             poll = min(choice.POLL_MOST, poll * 1.5)
             again = choice.ask_again(digest, self._me, answers)
-            answers |= dict.fromkeys(again, Answer("missing"))
             fresh = self._ask(digest, again)
             for name in again:
                 if name in fresh:
                     answers[name] = fresh[name]
                 else:
                     del answers[name]
+
+    def wanted(self, digest: str) -> bool:
+        """Whether it is looked for at this moment."""
+        with self._lock:
+            return digest in self._wanted
 
     def received(self, digest: str) -> int | None:
         """Bytes that have arrived of what is being downloaded at this moment, None when it is not."""
@@ -185,7 +194,7 @@ class Peers:
                 del answers[name]
         if now - search.began >= choice.TOTAL:
             return choice.Go()
-        if any(answer.kind != "missing" for answer in answers.values()):
+        if any(answer.kind in ("has", "coming", "full") for answer in answers.values()):
             search.idle_since = now
         return choice.next_step(search.digest, self._me, answers, now - search.idle_since, poll)
 
@@ -196,7 +205,7 @@ class Peers:
         digest, address = search.digest, self._at[peer]
         before = self._blobs.arrived(digest, PEER)
         try:
-            with self._fetching(digest):
+            with self._among(self._coming, digest):
                 transport = Transport(
                     f"https://{address}",
                     timeout=5.0,
@@ -243,14 +252,14 @@ class Peers:
         return Answer("has")
 
     @contextmanager
-    def _fetching(self, digest: str) -> Iterator[None]:
+    def _among(self, digests: set[str], digest: str) -> Iterator[None]:
         with self._lock:
-            self._coming.add(digest)
+            digests.add(digest)
         try:
             yield
         finally:
             with self._lock:
-                self._coming.discard(digest)
+                digests.discard(digest)
 
     def _failed(self, key: str, base: float) -> None:
         now = self._clock.monotonic()

@@ -17,6 +17,8 @@ SECONDS = 3.0
 _MOST = 4096
 #: With a 503: how many bytes of the blob the peer has received by now.
 RECEIVED = "Edgeward-Received"
+#: With a 404: the peer wants the blob itself, and has not begun.
+WANTED = "Edgeward-Wanted: 1"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _answer(head: bytes, name: str) -> Answer:
     if status == 200:
         return Answer("has")
     if status == 404:
-        return Answer("missing")
+        return Answer("wants" if f"\r\n{WANTED}\r\n".encode() in head else "missing")
     if status == 503:
         received = re.search(rb"\r\n%s: ([0-9]{1,15})\r\n" % RECEIVED.encode(), head, re.IGNORECASE)
         return Answer("coming", int(received[1])) if received else Answer("full")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from agent.fetch import BlobStore
 from agent.peers.credentials import Credentials
-from agent.peers.probe import RECEIVED
+from agent.peers.probe import RECEIVED, WANTED
 from agent.peers.settings import Address
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError, TrustError, UsageError
@@ -65,11 +65,12 @@ class Server:
         clock: Clock,
         *,
         received: Callable[[str], int | None] = lambda digest: None,
+        wanted: Callable[[str], bool] = lambda digest: False,
         may_serve: Callable[[str], bool] = lambda digest: True,
         pace: Callable[[int], None] = lambda size: None,
         bounds: Bounds | None = None,
     ) -> None:
-        """`received` as of Peers; `may_serve` says no to what is quarantined; `pace` is called with the size of
+        """`received` and `wanted` as of Peers; `may_serve` says no to what is quarantined; `pace` is called with the size of
         each piece before it is sent, and may wait to keep to a rate.
 
         Raises UsageError when `listen` cannot be had.
@@ -78,6 +79,7 @@ class Server:
         self._credentials = credentials
         self._clock = clock
         self._received = received
+        self._wanted = wanted
         self._may_serve = may_serve
         self._pace = pace
         self._bounds = bounds or Bounds()
@@ -194,7 +196,8 @@ class Server:
             fd = os.open(self._blobs.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             if received is None:
-                raise _Refused("404 Not Found") from None
+                wanted = [WANTED] if self._wanted(digest) else []
+                raise _Refused("404 Not Found", *wanted) from None
             raise _Refused("503 Service Unavailable", "Retry-After: 1", f"{RECEIVED}: {received}") from None
         try:
             size = os.fstat(fd).st_size

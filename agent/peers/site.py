@@ -43,6 +43,7 @@ class Site:
                 credentials,
                 clock,
                 received=lambda digest: self.peers.received(digest),
+                wanted=lambda digest: self.peers.wanted(digest),
                 may_serve=may_serve,
             )
         if settings.mdns:

@@ -243,7 +243,7 @@ def test_a_promise_that_is_not_kept_is_believed_for_so_long_once(
             def __call__(self) -> bytes:
                 self.count += 1
                 if said == "now and then" and self.count % 2 == 0:
-                    return b"HTTP/1.1 404 X\r\n\r\n"
+                    return b"HTTP/1.1 404 X\r\nEdgeward-Wanted: 1\r\n\r\n"
                 return b"HTTP/1.1 503 X\r\nEdgeward-Received: %d\r\n\r\n" % self.count
 
         liar.says = Growing()

@@ -106,7 +106,13 @@ class Agent:
             self.blobs, self, self.credentials, self.clock, wait or self.ending.wait, Figures(self.figures)
         )
         self.server = Server(
-            ANYWHERE, self.blobs, self.credentials, SystemClock(), received=self.peers.received, **options
+            ANYWHERE,
+            self.blobs,
+            self.credentials,
+            SystemClock(),
+            received=self.peers.received,
+            wanted=self.peers.wanted,
+            **options,
         )
         self.server.start()
         self.transport = Transport(controller.server.url)

@@ -14,7 +14,7 @@ from edgeward.storage import sha256_hex
 
 NAMES = st.lists(st.from_regex("[a-z]{1,8}", fullmatch=True), min_size=1, max_size=12, unique=True)
 DIGESTS = st.binary(max_size=8).map(sha256_hex)
-MISSING = Answer("missing")
+MISSING, WANTS = Answer("missing"), Answer("wants")
 
 
 @given(DIGESTS, NAMES, st.randoms())
@@ -43,7 +43,7 @@ def test_digests_are_spread_over_the_names() -> None:
 @given(DIGESTS, NAMES)
 def test_exactly_one_goes_at_once_when_nobody_has_it(digest: str, names: list[str]) -> None:
     steps = {
-        me: choice.next_step(digest, me, {name: MISSING for name in names if name != me}, 0.0, 0.25)
+        me: choice.next_step(digest, me, {name: WANTS for name in names if name != me}, 0.0, 0.25)
         for me in names
     }
     assert [me for me, step in steps.items() if isinstance(step, Go)] == choice.order(digest, names)[:1]
@@ -55,13 +55,24 @@ def test_turns_come_one_after_another_and_everyones_comes(digest: str, names: li
     turns = [choice.grace(rank) for rank in range(65)]
     assert turns[0] == 0 and all(a < b for a, b in pairwise(turns)) and turns[-1] < 20
     for rank, me in enumerate(choice.order(digest, names)):
-        answers = {name: MISSING for name in names if name != me}
+        answers = {name: WANTS for name in names if name != me}
         assert choice.next_step(digest, me, answers, choice.grace(rank), 9.0) == Go()
         if rank:
             assert choice.next_step(digest, me, answers, choice.grace(rank) - 0.1, 9.0) != Go()
 
 
-@given(DIGESTS, st.lists(st.sampled_from(["has", "coming", "full", "missing"]), max_size=8))
+@given(DIGESTS, NAMES, st.data())
+def test_those_that_do_not_want_it_hold_nobody_up(digest: str, names: list[str], data: st.DataObject) -> None:
+    """The first devices of a rollout have peers whose turn comes later."""
+    wanting = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    ranked = [name for name in choice.order(digest, names) if name in wanting]
+    for rank, me in enumerate(ranked):
+        answers = {name: WANTS if name in wanting else MISSING for name in names if name != me}
+        goes = [choice.next_step(digest, me, answers, waited, 9.0) == Go() for waited in (0.0, choice.SETTLE)]
+        assert goes == [me == choice.order(digest, names)[0], rank == 0]
+
+
+@given(DIGESTS, st.lists(st.sampled_from(["has", "coming", "full", "wants", "missing"]), max_size=8))
 def test_a_peer_that_has_it_comes_before_waiting_and_waiting_before_going(
     digest: str, kinds: list[str]
 ) -> None:
@@ -75,7 +86,9 @@ def test_a_peer_that_has_it_comes_before_waiting_and_waiting_before_going(
         assert step == Go()
     again = choice.ask_again(digest, "me", answers)
     assert len(again) <= choice.ASKED_AGAIN and "me" not in again
-    assert {name for name, answer in answers.items() if answer.kind != "missing"} <= set(again)
+    assert {name for name, answer in answers.items() if answer.kind in ("has", "coming", "full")} <= set(
+        again
+    )
 
 
 def test_takers_are_spread_over_those_who_have_it() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.fetch import PEER
+from agent.peers import choice
 from agent.peers.choice import Answer
 from agent.peers.figures import Obtained, read_figures
 from agent.peers.probe import probe
@@ -111,7 +112,24 @@ def test_a_first_that_does_not_want_it_is_not_waited_for_long(site: Site) -> Non
     last = next(name for name in agents if name != first(CONTENT, ["a", "b"]))
     began = clock.monotonic()
     agents[last].obtain(CONTENT)
-    assert clock.monotonic() - began == pytest.approx(3.0)
+    assert clock.monotonic() - began == pytest.approx(choice.SETTLE)
+    assert len(controller.asked) == 1
+
+
+def test_a_first_that_wants_it_and_never_begins_is_left_behind(site: Site) -> None:
+    controller, clock = site.controller(CONTENT), ManualClock()
+
+    def wait(seconds: float) -> bool:
+        clock.advance(seconds)
+        return False
+
+    agents = {name: site.agent(name, controller, clock=clock, wait=wait) for name in ("a", "b")}
+    leader = agents.pop(first(CONTENT, ["a", "b"]))
+    (other,) = agents.values()
+    began = clock.monotonic()
+    with leader.peers._among(leader.peers._wanted, sha256_hex(CONTENT)):
+        other.obtain(CONTENT)
+    assert clock.monotonic() - began == pytest.approx(choice.STEP)
     assert len(controller.asked) == 1
 
 

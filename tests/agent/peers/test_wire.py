@@ -92,10 +92,14 @@ def test_nothing_is_served_but_whole_blobs_that_may_be(site: Site, tmp_path: Pat
     here.blobs.path(linked).symlink_to(here.blobs.folder.parent / "identity.key")
     for digest in (quarantined, partial, from_peer, linked, sha256_hex(b"never here")):
         assert asked(here.server.address, digest, own)[0] == 404
-    with here.peers._fetching(partial):
+    with here.peers._among(here.peers._coming, partial):
         status, fields, body = asked(here.server.address, partial, own)
         assert (status, fields["edgeward-received"], body) == (503, "4", b"")
     assert asked(here.server.address, partial, own)[0] == 404
+    assert "edgeward-wanted" not in asked(here.server.address, partial, own)[1]
+    with here.peers._among(here.peers._wanted, partial):
+        status, fields, _ = asked(here.server.address, partial, own)
+        assert (status, fields["edgeward-wanted"]) == (404, "1")
 
 
 @pytest.mark.parametrize(
