@@ -216,7 +216,7 @@ def patient(site: Site, controller: Any, name: str) -> tuple[Agent, ManualClock]
         (b"HTTP/1.1 503 X\r\nEdgeward-Received: 7\r\n\r\n", choice.STALL),
         (b"HTTP/1.1 503 X\r\nRetry-After: 1\r\n\r\n", choice.FULL),
         ("growing", choice.TOTAL),
-        ("now and then", choice.TOTAL),
+        ("now and then", 90.0),
         ("has it and does not give it", choice.FULL),
     ],
 )
@@ -225,6 +225,8 @@ def test_a_promise_that_is_not_kept_is_believed_for_so_long_once(
 ) -> None:
     if said == "growing":
         monkeypatch.setattr(choice, "POLL_MOST", 30.0)  # the same with fewer questions
+    if said == "now and then":
+        monkeypatch.setattr(choice, "TOTAL", most)
     controller = site.controller(CONTENT)
 
     def busy(connection: Any, offset: int) -> None:

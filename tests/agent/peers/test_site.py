@@ -312,6 +312,25 @@ def test_a_reader_that_does_not_read_loses_its_slot(site: Site, tmp_path: Path) 
             status = asked(here.server.address, sha256_hex(big), other, "HEAD")[0]
 
 
+def test_more_connections_than_that_are_closed_at_once(site: Site) -> None:
+    here = site.agent("here", site.controller(), bounds=Bounds(connections=2, request=60.0))
+    silent = [socket.create_connection(here.server.address) for _ in range(2)]
+    with socket.create_connection(here.server.address) as third:
+        assert third.recv(1) == b""
+    for one in silent:
+        one.close()
+
+
+def test_a_request_that_drips_is_cut_off(site: Site, tmp_path: Path) -> None:
+    here = site.agent("here", site.controller(), bounds=Bounds(request=0.3))
+    own = site.authority.credentials(tmp_path / "own", "own")
+    context, over = own.context(server=False), threading.Event()
+    with socket.create_connection(here.server.address) as plain, context.wrap_socket(plain) as connection:
+        with pytest.raises(OSError):  # reset or closed
+            while not over.wait(0.05):
+                connection.sendall(b"G")
+
+
 def test_silence_holds_no_connection(site: Site, tmp_path: Path) -> None:
     bounds = Bounds(connections=2, request=0.3)
     here = site.agent("here", site.controller(), bounds=bounds)
