@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.fetch import BlobStore
+from agent.peers import choice
 from agent.peers.credentials import Credentials
 from agent.peers.discovery import Directory
 from agent.peers.figures import Figures, read_figures
@@ -20,10 +24,12 @@ from agent.peers.settings import Address, Settings
 from agent.state import State
 from agent.trusted_clock import TrustedClock
 from agent.verify import Verifier
+from edgeward.broker import free_port
 from edgeward.client.transport import Transport
 from edgeward.errors import Unavailable
 from edgeward.trust import keys, tokens
 from edgeward.wire.desired import ModelRef
+from tests.controller.bundles.carrying import Offline, agent, runs
 
 
 class Member:
@@ -107,8 +113,16 @@ def downloads(plant: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_release_crosses_the_sites_link_once_and_so_does_its_delta(
-    plant: Any, package: Any, tmp_path: Path, members: list[Member], downloads: list[str]
+    plant: Any,
+    package: Any,
+    tmp_path: Path,
+    members: list[Member],
+    downloads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # All of them will want it: however slow this machine is, none is to be left behind.
+    monkeypatch.setattr(choice, "STEP", 300.0)
+    monkeypatch.setattr(choice, "SETTLE", 300.0)
     refs: list[ModelRef] = []
     for number in (1, 2):
         content = b"\x08\x08\x12\x04test" + bytes(range(256)) * 400 + b"%d" % number * 500
@@ -146,3 +160,39 @@ def test_a_site_without_its_link_passes_on_what_one_of_it_has(
     assert second.blobs.read(manifest.variants[0].blob.digest, len(content)) == content
     assert len(downloads) == before
     nowhere.close()
+
+
+def test_real_agents_take_a_release_from_the_first_that_has_it_and_say_so(
+    plant: Any, make: Any, until: Any, tmp_path: Path, downloads: list[str]
+) -> None:
+    plant.releases.init(plant.client)
+    plant.client.apply(
+        [make("Site", "north"), make("Fleet", "line", matchLabels={"site": "north"}, streams=[])]
+    )
+    site = Offline(plant, tmp_path, until)
+    site.release(1)
+    folders = [site.device(f"d{number}") for number in range(3)]
+    site.roll_out(1)
+    ports = [free_port() for _ in folders]
+    others = [word for port in ports for word in ("--peer", f"127.0.0.1:{port}")]
+    with ExitStack() as running:
+
+        def start(number: int) -> Callable[[], dict[str, Any]]:
+            options = ["--peers-listen", f"127.0.0.1:{ports[number]}", *others]
+            return running.enter_context(agent(folders[number], options=options))
+
+        until(runs(start(0), 1), 60.0)
+        for slot in (start(1), start(2)):
+            until(runs(slot, 1), 60.0)
+        told = [status(folder) for folder in folders]
+    assert len(downloads) == 3
+    assert sum(figures["controller_blobs"] for figures in told) == 3
+    assert sum(figures["peer_blobs"] for figures in told) == 6
+
+
+def status(folder: Path) -> dict[str, int]:
+    command = [sys.executable, "-m", "edgeward.cli.main", "agent", "status", "--dir", str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "files: " in said and "from the controller" in said
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["obtained"]  # type: ignore[no-any-return]

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from agent.fetch import BlobStore
+import agent.peers.obtain
+import agent.peers.probe
+from agent.fetch import PEER, BlobStore, Limits, Origin
 from agent.peers.choice import order
 from agent.peers.credentials import Credentials
 from agent.peers.figures import FIGURES, Figures
 from agent.peers.obtain import Peers
-from agent.peers.server import Server
+from agent.peers.server import Bounds, Server
 from agent.peers.settings import Address
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock, SystemClock
@@ -97,9 +99,12 @@ class Agent:
     ) -> None:  # fmt: skip
         self.name = name
         self.clock = clock or SystemClock()
-        self.blobs = BlobStore(folder / "blobs", reserve=0)
+        # Endless patience with the controller: what ends a peer's transfer is a limit of its own.
+        self.blobs = BlobStore(folder / "blobs", reserve=0, limits=Limits(0.0, 3600.0, 1e6))
         self.credentials = authority.credentials(folder, name, site)
         self.hints: list[Address] = []
+        # A machine that is busy with other tests must not make an honest peer a slow one.
+        options.setdefault("bounds", Bounds(request=300.0, window=300.0))
         self.ending = threading.Event()
         self.figures = folder / FIGURES
         self.peers = Peers(
@@ -223,9 +228,9 @@ class Site:
 
     def _introduce(self) -> None:
         # Oneself is among them, as with a headless Service.
-        places = [agent.server.address for agent in self.agents] + [liar.address for liar in self.liars]
-        for agent in self.agents:
-            agent.hints = places
+        places = [one.server.address for one in self.agents] + [one.address for one in self.liars]
+        for one in self.agents:
+            one.hints = places
 
     def close(self) -> None:
         for one in [*self.agents, *self.liars]:
@@ -235,7 +240,10 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setattr(agent.peers.probe, "SECONDS", 300.0)
+    patient = Origin(PEER.path, PEER.partial, exact=True, limits=Limits(16384.0, 300.0, 3000.0))
+    monkeypatch.setattr(agent.peers.obtain, "PEER", patient)
     made = Site(tmp_path)
     try:
         yield made
