@@ -127,6 +127,7 @@ class BlobStore:
         """
         path = self.path(digest)
         if self.has(digest, size):
+            self._clear(path)
             return path
         partial = path.with_suffix(origin.partial)
         have = self.arrived(digest, origin)
@@ -144,9 +145,14 @@ class BlobStore:
             raise DigestMismatch(f"artifact {digest[:16]}: what was downloaded hashes to {got[:16]}")
         partial.rename(path)
         fsync_folder(self.folder)
-        for other in (CONTROLLER, PEER):
-            path.with_suffix(other.partial).unlink(missing_ok=True)
+        self._clear(path)
         return path
+
+    @staticmethod
+    def _clear(path: Path) -> None:
+        """What has arrived in part of what is whole by now, from elsewhere or as a delta."""
+        for origin in (CONTROLLER, PEER):
+            path.with_suffix(origin.partial).unlink(missing_ok=True)
 
     def check_room(self, digest: str, size: int) -> None:
         """Raises NoRoom unless `size` more bytes leave the reserve free."""

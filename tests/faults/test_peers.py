@@ -289,6 +289,21 @@ def test_an_answer_without_sense_counts_as_none(site: Site, said: bytes) -> None
     assert liar.gets == 0 and me.peers.left_alone(str(liar.address)) and len(controller.asked) == 1
 
 
+def test_an_answer_to_the_question_that_has_no_end_is_not_read_to_it(site: Site) -> None:
+    controller = site.controller(CONTENT)
+    liar = site.liar("liar", wrong_bytes)
+
+    def reply(connection: Any, offset: int) -> None:
+        liar.heads += 1
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"x" * 9000)
+        OVER.wait()
+
+    liar._server.answer = reply
+    me = site.agent(ME, controller)
+    me.obtain(CONTENT)
+    assert liar.heads == 1 and len(controller.asked) == 1
+
+
 def test_a_drip_in_the_answer_to_the_question_ends_at_its_time(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +320,6 @@ def test_a_drip_in_the_answer_to_the_question_ends_at_its_time(
             if OVER.wait(0.02):
                 return
 
-    liar._reply = reply  # type: ignore[method-assign]
     liar._server.answer = reply
     me = site.agent(ME, controller)
     me.obtain(CONTENT)
@@ -353,3 +367,7 @@ def test_two_places_of_one_device_are_one_peer(site: Site) -> None:
     me = site.agent(ME, controller)
     me.obtain(CONTENT)
     assert one.gets + two.gets == 1 and len(controller.asked) == 1
+    other = CONTENT[:1000]
+    controller.contents[sha256_hex(other)] = other
+    me.obtain(other)
+    assert one.gets + two.gets == 1 and len(controller.asked) == 2

@@ -49,6 +49,7 @@ def test_five_agents_that_start_at_once_fetch_each_blob_once(
     figures = [read_figures(agent.figures) for agent in agents]
     assert sum(one.controller_blobs for one in figures) == 3
     assert sum(one.peer_bytes for one in figures) == 4 * sum(map(len, contents))
+    assert all(agent.peers.left_alone(str(agent.server.address)) for agent in agents), "nobody asks itself"
     left = [path.name for agent in agents for path in agent.blobs.folder.iterdir() if path.suffix]
     assert left == [], "nothing half-fetched lies about"
 
@@ -60,6 +61,18 @@ def test_an_agent_that_comes_later_asks_its_peers_first(site: Site) -> None:
     late.obtain(CONTENT)
     assert controller.asked == []
     assert read_figures(late.figures) == Obtained(peer_blobs=1, peer_bytes=len(CONTENT))
+
+
+def test_what_came_in_part_from_elsewhere_goes_once_it_is_whole(site: Site) -> None:
+    controller = site.controller(CONTENT)
+    agent = site.agent("alone", controller)
+    path = agent.blobs.path(sha256_hex(CONTENT))
+    path.with_suffix(".peer").write_bytes(CONTENT[:5])
+    agent.obtain(CONTENT)
+    assert list(agent.blobs.folder.iterdir()) == [path]
+    path.with_suffix(".part").write_bytes(CONTENT[:5])  # a delta has made it whole
+    agent.blobs.fetch(agent.transport, path.name, len(CONTENT), agent.clock)
+    assert list(agent.blobs.folder.iterdir()) == [path] and len(controller.asked) == 1
 
 
 def test_without_peers_everything_is_as_before(site: Site) -> None:

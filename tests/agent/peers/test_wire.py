@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.peers.credentials import Credentials
+from agent.peers.server import Server
 from agent.peers.settings import Address, parse_address
 from edgeward.errors import UsageError
 from edgeward.storage import sha256_hex
@@ -123,6 +124,13 @@ def test_a_request_for_anything_else_is_a_bad_one(site: Site, tmp_path: Path, re
     own = site.authority.credentials(tmp_path / "own", "own")
     status, _, body = raw(here.server.address, request_line + b"\r\n\r\n", own)
     assert (status, body) == (400, b"")
+
+
+def test_an_address_that_is_taken_is_said_at_once(site: Site) -> None:
+    here = site.agent("here", site.controller())
+    with pytest.raises(UsageError, match="Address already in use") as caught:
+        Server(here.server.address, here.blobs, here.credentials, here.clock)
+    assert "--peers-listen" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
