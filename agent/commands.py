@@ -22,6 +22,7 @@ from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
 
 if TYPE_CHECKING:
+    from agent.peers.settings import Settings as PeerSettings
     from agent.serving.settings import Settings
     from edgeward.wire.enrollment import EnrollPending
     from edgeward.wire.reports import StreamReport
@@ -86,6 +87,20 @@ def run(
     serve_socket: Annotated[
         Path | None, typer.Option(help="A Unix socket for the same over HTTP; user and group may use it.")
     ] = None,
+    peers_listen: Annotated[
+        str,
+        typer.Option(help="HOST:PORT where other agents of this site may fetch what is here (mutual TLS)."),
+    ] = "",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of another agent of this site; may be repeated.")
+    ] = None,
+    peers_dns: Annotated[
+        str, typer.Option(help="NAME:PORT whose addresses are this site's agents: a headless Service on K3s.")
+    ] = "",
+    peers_mdns: Annotated[
+        bool,
+        typer.Option("--peers-mdns", help="Find agents, and be found, by multicast DNS on this network."),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run the agent until it is told to end (SIGTERM or SIGINT). A kill at any instant loses nothing.
@@ -115,9 +130,29 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serving = _serving(serve, serve_grpc, serve_socket)
-    daemon = Daemon(folder, SystemClock(), broker=broker, report_interval=report_interval, serving=serving)
+    daemon = Daemon(
+        folder,
+        SystemClock(),
+        broker=broker,
+        report_interval=report_interval,
+        serving=serving,
+        peers=_peers(peers_listen, peer or [], peers_dns, peers_mdns),
+    )
     print(f"edgeward agent {daemon.name} ready in {folder}", flush=True)
     daemon.run(stop)
+
+
+def _peers(listen: str, static: list[str], dns: str, mdns: bool) -> PeerSettings | None:
+    if not (listen or static or dns or mdns):
+        return None
+    from agent.peers.settings import Settings, parse_address
+
+    return Settings(
+        listen=parse_address(listen, "--peers-listen") if listen else None,
+        static=tuple(parse_address(text, "--peer") for text in static),
+        dns=parse_address(dns, "--peers-dns") if dns else None,
+        mdns=mdns,
+    )
 
 
 def _serving(address: str, grpc_port: int | None, unix_socket: Path | None) -> Settings | None:
@@ -142,6 +177,7 @@ def status(
 ) -> None:
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
     from agent.holds import Holds
+    from agent.peers.figures import FIGURES, read_figures
     from agent.state import State
     from edgeward.clock import SystemClock
     from edgeward.wire.topics import LANES
@@ -151,6 +187,7 @@ def status(
         raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
     now = SystemClock().now()
     holds = [hold for hold in Holds(folder).current() if hold.until is None or now < hold.until]
+    obtained = read_figures(folder / FIGURES)
     state = State(path, read_only=True)
     try:
         reported_at, streams = state.stream_reports()
@@ -168,6 +205,7 @@ def status(
                 for lane in LANES
             },
             "holds": msgspec.to_builtins(holds),
+            "obtained": msgspec.to_builtins(obtained),
             "sources": {
                 topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
             },
@@ -187,6 +225,11 @@ def status(
             out.print(f"  {variant_line(row)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
+    if obtained.peer_blobs or obtained.controller_blobs:
+        out.print(
+            f"files: {obtained.peer_blobs} from peers ({bundle.size(obtained.peer_bytes)}), "
+            f"{obtained.controller_blobs} from the controller ({bundle.size(obtained.controller_bytes)})"
+        )
     for lane, numbers in dict(facts["outbox"]).items():
         out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
 

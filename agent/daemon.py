@@ -20,6 +20,8 @@ from agent.holds import Holds
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
 from agent.pace import Pace
+from agent.peers.settings import Settings as PeerSettings
+from agent.peers.site import Site
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
@@ -63,8 +65,10 @@ class Daemon:
         broker: str | None = None,
         report_interval: float = 10.0,
         serving: Settings | None = None,
+        peers: PeerSettings | None = None,
     ) -> None:
-        """`serving` says where local applications find the models; None: nowhere.
+        """`serving` says where local applications find the models, `peers` where agents of this site find one
+        another; None: nowhere.
 
         Raises Conflict when another agent uses `folder`, NotFound when it is not enrolled.
         """
@@ -93,8 +97,26 @@ class Daemon:
         self._imports = Imports(folder)
         self._imports.sweep()
         self._imported = 0
+        self._site = (
+            None
+            if peers is None
+            else Site(
+                folder,
+                peers,
+                self.identity,
+                blobs,
+                clock,
+                lambda digest: digest not in self.state.quarantined(),
+            )
+        )
         verifier = Verifier(
-            folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock, self._imports
+            folder / "tuf",
+            trust.tuf_root.encode(),
+            blobs,
+            self.identity.transport,
+            clock,
+            self._imports,
+            None if self._site is None else self._site.peers,
         )
         self.engine = Engine(
             on_crash_loop=lambda name, losses, seconds: self.slots.crash_looped(name, losses, seconds),
@@ -160,6 +182,8 @@ class Daemon:
             if self._server is not None:
                 self.engine.call(self._server.start())
             self.slots.start()
+            if self._site is not None:
+                self._site.start()
         except BaseException:
             self.engine.stop()
             raise
@@ -201,6 +225,8 @@ class Daemon:
                 self.engine.call(self._server.stop())
             self.uplink.stop()
             self.link.stop()
+            if self._site is not None:
+                self._site.stop()
             self.slots.stop()
             self.engine.stop()
             self.state.close()

@@ -65,8 +65,12 @@ class Transport:
         ca_file: Path | None = None,
         credential_source: str = "",
         peer_time: PeerTime | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong."""
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong.
+
+        `context` decides about TLS instead of both.
+        """
         if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
@@ -75,7 +79,7 @@ class Transport:
         self._credential = credential
         self._credential_source = credential_source
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-        self._verify = _context(self.base_url, ca_file, peer_time)
+        self._verify = context or _context(self.base_url, ca_file, peer_time)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:

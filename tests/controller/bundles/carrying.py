@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -152,10 +152,12 @@ def unchanged(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def agent(folder: Path, end: signal.Signals = signal.SIGTERM) -> Iterator[Callable[[], dict[str, Any]]]:
+def agent(
+    folder: Path, end: signal.Signals = signal.SIGTERM, options: Sequence[str] = ()
+) -> Iterator[Callable[[], dict[str, Any]]]:
     """A real agent process; what it calls gives its slot's durable record."""
     log = folder.with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "edgeward.cli.main", "agent", "run", "--dir", str(folder)]
+    command = [sys.executable, "-m", "edgeward.cli.main", "agent", "run", "--dir", str(folder), *options]
     process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def slot() -> dict[str, Any]:
