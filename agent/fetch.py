@@ -17,7 +17,7 @@ from edgeward.client.transport import Transport
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
 from edgeward.identifiers import check_digest
-from edgeward.storage import fsync_folder
+from edgeward.storage import fsync_folder, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class BlobStore:
         self.folder = folder
         self._limits = limits or Limits()
         self._reserve = reserve
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def path(self, digest: str) -> Path:
         return self.folder / check_digest(digest)
