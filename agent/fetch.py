@@ -60,11 +60,12 @@ class BlobStore:
         return self.folder / check_digest(digest)
 
     def read(self, digest: str, size: int) -> bytes:
-        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then."""
+        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then;
+        EdgewardError when it is not there, OSError when the disk does not give it."""
         path = self.path(digest)
         try:
             content = path.read_bytes()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise EdgewardError(f"blob {digest[:16]} cannot be read: {error.strerror}") from None
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             path.unlink(missing_ok=True)
