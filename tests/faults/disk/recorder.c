@@ -8,6 +8,8 @@
  * at-th call from now with that errno, once or until disk_fault(0, 0, 0); disk_count() says how many there
  * were. A write that is refused has brought the first half of its bytes where `at` is even.
  *
+ * With DISK_FULL=FILE there is no room (ENOSPC) for as long as that file exists.
+ *
  * Not seen: mmap (SQLite maps only the -shm file, which is made anew) and calls inside libc (fopen).
  */
 #define _GNU_SOURCE
@@ -29,6 +31,7 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char watch[PATH_MAX];
 static size_t watch_size;
+static const char *full_file;
 static int out = -1;
 static long fault_at, counted;
 static int fault_error, fault_lasting, fault_pending;
@@ -40,6 +43,7 @@ __attribute__((constructor)) static void begin(void)
     if (!folder) return;
     snprintf(watch, sizeof watch, "%s", folder);
     watch_size = strlen(watch);
+    full_file = getenv("DISK_FULL");
     if (log) out = (int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 }
 
@@ -92,6 +96,7 @@ static void note(char op, const char *path, const char *more, uint64_t at, const
 /* Whether this call is to be refused; errno is set. Bytes can run out only where `grows`. */
 static int refused(int grows)
 {
+    if (full_file && grows && !syscall(SYS_faccessat, AT_FDCWD, full_file, F_OK)) { errno = ENOSPC; return 1; }
     if (fault_error == ENOSPC && !grows) return 0;
     counted++;
     if (!fault_at || (fault_lasting ? counted < fault_at : counted != fault_at)) return 0;
