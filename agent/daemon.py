@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import queue
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 IMPORT_SECONDS = 1.0
+#: How often a desired state is offered again that the disk did not take, and how many of them are remembered.
+KEEP_SECONDS, MOST_UNKEPT = 5.0, 8
 
 
 class Daemon:
@@ -90,6 +93,8 @@ class Daemon:
         self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
+        #: Desired states that the disk did not take, in the order of their coming.
+        self._unkept: list[bytes] = []
         self._reported_due = threading.Event()
         trust = self.identity.enrollment.trust
         pace = Pace(clock)
@@ -195,7 +200,7 @@ class Daemon:
         self.link.start()
         threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()
         give_back_memory()
-        last_report = last_poll = last_import = self._clock.monotonic()
+        last_report = last_poll = last_import = last_keep = self._clock.monotonic()
         try:
             while not stop.is_set():
                 self._wake.wait(0.25)
@@ -215,6 +220,11 @@ class Daemon:
                 if not self.link.connected and now - last_poll >= POLL_SECONDS:
                     last_poll = now
                     self._poll_desired()
+                if self._unkept and now - last_keep >= KEEP_SECONDS:
+                    last_keep = now
+                    again, self._unkept = self._unkept, []
+                    for raw in again:
+                        self._offer(raw)
                 if now - last_import >= IMPORT_SECONDS:
                     last_import = now
                     self._take_import()
@@ -248,11 +258,17 @@ class Daemon:
         try:
             trust = self.identity.enrollment.trust
             desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock)
+            if desired is not None:
+                self.state.accept_desired(desired.generation, raw)
         except TrustError as error:
             log.warning("refused desired state: %s", error)
             return
+        except sqlite3.Error as error:
+            # Not applied: what is not durable would be forgotten by a restart, and its generation accepted twice.
+            log.warning("the desired state cannot be kept, again in %g s: %s", KEEP_SECONDS, error)
+            self._unkept = [*self._unkept, raw][-MOST_UNKEPT:]
+            return
         if desired is not None:
-            self.state.accept_desired(desired.generation, raw)
             log.info("desired generation %d", desired.generation)
             self._apply(desired)
         self._changed()
@@ -285,7 +301,7 @@ class Daemon:
                 # The same generation may have come by MQTT before, without a way to its models.
                 self.slots.retry()
                 self._imports.drop(found.number - 1)
-            elif self.slots.settled():
+            elif not self._unkept and self.slots.settled():
                 self._imports.drop(found.number)
                 self._imported = 0  # the next one's number begins anew
         except OSError as error:
@@ -349,7 +365,10 @@ class Daemon:
         acked = sum(self.state.lane(lane).floor for lane in LANES)
         boot, n, now = self._next()
         streams = self.streams.report()
-        self.state.set_stream_reports(now, streams)
+        try:
+            self.state.set_stream_reports(now, streams)
+        except sqlite3.Error as error:  # `edgeward agent status` shows an older one
+            log.warning("the streams' report cannot be written down: %s", error)
         report = Report(
             boot,
             n,

@@ -18,7 +18,7 @@ from edgeward.client.transport import Transport
 from edgeward.clock import Clock
 from edgeward.errors import DigestMismatch, EdgewardError, TrustError, Unavailable
 from edgeward.identifiers import check_digest
-from edgeward.storage import fsync_folder
+from edgeward.storage import fsync_folder, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +89,18 @@ class BlobStore:
         self.pace = pace
         self._limits = limits or Limits()
         self._reserve = reserve
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def path(self, digest: str) -> Path:
         return self.folder / check_digest(digest)
 
     def read(self, digest: str, size: int) -> bytes:
-        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then."""
+        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then;
+        EdgewardError when it is not there, OSError when the disk does not give it."""
         path = self.path(digest)
         try:
             content = path.read_bytes()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise EdgewardError(f"blob {digest[:16]} cannot be read: {error.strerror}") from None
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from agent.trusted_clock import TrustedClock
 from edgeward.client.transport import Transport
 from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
 from edgeward.formats import SNIFF_BYTES, check_model_head
+from edgeward.storage import make_folder
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.package import Blob, GoldenVectors, Manifest, Variant, decode_manifest, target_path
 
@@ -133,7 +134,7 @@ class Verifier:
         self._clock = clock
         self._imports = imports
         self._peers = peers
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def target_length(self, ref: ModelRef) -> int:
         """The manifest's size as signed by the releaser, when the signed digest is the one wished for.

@@ -96,7 +96,7 @@ class Care:
             return
         try:
             opened = self._activation.reopen(back.running, back)
-        except (EdgewardError, OSError) as error:
+        except EdgewardError as error:  # of the model; what the disk says now (OSError) may change
             self._left_alone(name, model.ref, breach, f"its predecessor cannot run: {error}")
             return
         verdict = Verdict(

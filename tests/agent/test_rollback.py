@@ -237,6 +237,24 @@ def test_a_disk_that_cannot_take_the_verdict_does_not_load_the_predecessor_at_ev
     assert list(state.quarantined()) == [bad.digest]
 
 
+def test_a_predecessor_that_the_disk_does_not_give_now_is_asked_for_again(
+    open_slots: Build, releaser: Any, models: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = open_slots()
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
+
+    def broken(ref: ModelRef) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(releaser, "reopen_manifest", broken)
+        model.health.failed += 50
+        until(lambda: slots._care._again_at)
+        assert report(slots).running == bad and report(slots).phase is Phase.ROLLING_BACK
+    slots._care._again_at.clear()
+    active(slots, good, until)
+
+
 def test_both_or_neither_of_the_verdict_and_the_record_are_written(tmp_path: Path) -> None:
     from agent.lifecycle import Verdict
     from agent.state import SlotRecord
