@@ -26,6 +26,7 @@ class Event(StrEnum):
     FETCHED = "fetched"
     VERIFIED = "verified"
     TESTING = "testing"
+    SHADOWING = "shadowing"
     PASSED = "passed"
     REFUSED = "refused"
     UNAVAILABLE = "unavailable"
@@ -49,6 +50,11 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.SELF_TEST, Event.PASSED): Phase.ACTIVE,
     (Phase.SELF_TEST, Event.REFUSED): Phase.QUARANTINED,
     (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
+    # On live inputs, beside what runs and without acting.
+    (Phase.SELF_TEST, Event.SHADOWING): Phase.SHADOW,
+    (Phase.SHADOW, Event.PASSED): Phase.ACTIVE,
+    (Phase.SHADOW, Event.REFUSED): Phase.QUARANTINED,
+    (Phase.SHADOW, Event.UNAVAILABLE): Phase.PENDING,
     (Phase.ACTIVE, Event.CRASH_LOOP): Phase.DEGRADED,
     (Phase.DEGRADED, Event.RECOVERED): Phase.ACTIVE,
     # The guard's policy is broken: the predecessor takes over, or there is none that can.

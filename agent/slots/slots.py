@@ -8,13 +8,16 @@ import threading
 from collections.abc import Callable
 
 from agent import lifecycle
+from agent.lifecycle import Verdict
 from agent.runtime.engine import Engine
 from agent.slots.activation import Activation, Opened, Setup
 from agent.slots.active import ActiveModel, conditions, make_active
-from agent.slots.board import RUNNING, Board
-from agent.slots.candidate import MISMATCH, Candidates, Replaced
+from agent.slots.board import BESIDE, RUNNING, Board
+from agent.slots.candidate import MISMATCH, Candidates
 from agent.slots.care import Care
 from agent.slots.disk import Disk
+from agent.slots.heat import hottest
+from agent.slots.walk import Replaced
 from agent.state import State
 from agent.verify import Verifier
 from edgeward.clock import Clock
@@ -41,14 +44,16 @@ class Slots:
         changed: Callable[[], None],
         setup: Setup | None = None,
         problem: Callable[[str, Opened], str] = lambda slot, opened: "",
+        temperature: Callable[[], float | None] = hottest,
     ) -> None:
         """`changed` is called after every change, from any of the agent's threads. `problem` says why a
-        tested model must not enter a slot after all: a stream of that slot cannot feed it."""
+        tested model must not enter a slot after all: a stream of that slot cannot feed it. `temperature`
+        gives degrees Celsius, None where nothing says."""
         self._state = state
         self._board = board = Board(state.slots(), clock, changed)
         self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._disk = disk = Disk(board, state, verifier, self._activation)
-        self._candidates = Candidates(board, state, verifier, self._activation, disk, problem)
+        self._candidates = Candidates(board, state, verifier, self._activation, disk, problem, temperature)
         self._care = Care(board, state, self._activation, disk)
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
@@ -73,6 +78,7 @@ class Slots:
             self._board.stop = True
             self._board.lock.notify_all()
         self._thread.join(30)
+        self._candidates.stop()
         for model in self._board.active.values():
             model.runner.stop()
 
@@ -100,11 +106,23 @@ class Slots:
                     self._board.candidates[name] = lifecycle.wish(
                         target.active, quarantined, now, target.policy
                     )
-            for name in set(self._board.candidates) - set(targets):
+            beside = {name + BESIDE: target for name, target in targets.items() if target.shadow is not None}
+            for name, target in beside.items():
+                self._wish_beside(name, target, quarantined, now)
+            for name in set(self._board.candidates) - set(targets) - set(beside):
                 del self._board.candidates[name]
             self._board.untidy = True
             self._board.lock.notify_all()
         self._board.changed()
+
+    def _wish_beside(
+        self, name: str, target: SlotTarget, quarantined: dict[str, Verdict], now: float
+    ) -> None:
+        """A candidate that runs without acting for as long as it is wished."""
+        wanted, known = target.shadow, self._board.candidates.get(name)
+        if wanted is None or (known is not None and (known.target, known.policy) == (wanted, target.policy)):
+            return
+        self._board.candidates[name] = lifecycle.wish(wanted, quarantined, now, target.policy)
 
     def retry(self) -> None:
         """Try again at once what waits for its next try."""
@@ -117,7 +135,10 @@ class Slots:
         """Whether every wish has come to its end, good or bad."""
         with self._board.lock:
             ended = (*RUNNING, Phase.QUARANTINED)
-            return all(state.phase in ended for state in self._board.candidates.values())
+            return all(
+                state.phase in ended or (state.phase is Phase.SHADOW and name.endswith(BESIDE))
+                for name, state in self._board.candidates.items()
+            )
 
     def crash_looped(self, name: str, losses: int, seconds: float) -> None:
         """A model's worker was lost `losses` times within `seconds`; for the engine, does not wait."""
@@ -138,6 +159,7 @@ class Slots:
     def _work(self) -> None:
         while True:
             self._care.look_after()
+            self._candidates.look_after()
             with self._board.lock:
                 if self._board.stop:
                     return
