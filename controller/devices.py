@@ -37,9 +37,13 @@ def compose(
     models: dict[str, ModelRef],
     streams: list[StreamTarget],
     policies: Mapping[str, SlotPolicy] | None = None,
+    shadows: Mapping[str, ModelRef] | None = None,
 ) -> DesiredState:
-    """`models` and `policies` by slot; a slot without a policy runs by the default one."""
-    default, policies = SlotPolicy(), policies or {}
+    """`models`, `policies` and `shadows` by slot; a slot without a policy runs by the default one.
+
+    A shadow that is the slot's own model has nothing to show.
+    """
+    default, policies, shadows = SlotPolicy(), policies or {}, shadows or {}
     return DesiredState(
         site=site,
         device=device,
@@ -47,7 +51,11 @@ def compose(
         issued_at=now,
         expires_at=now + DESIRED_LIFETIME,
         slots={
-            slot: SlotTarget(active=model, policy=policies.get(slot, default))
+            slot: SlotTarget(
+                active=model,
+                shadow=beside if (beside := shadows.get(slot)) != model else None,
+                policy=policies.get(slot, default),
+            )
             for slot, model in sorted(models.items())
         },
         streams=sorted(streams, key=lambda stream: stream.name),

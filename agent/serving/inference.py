@@ -11,6 +11,7 @@ from agent.serving.catalog import Catalog, Served
 from agent.serving.refusal import NotFinite, Refusal, blames_model, from_engine
 from agent.serving.signature import Signature
 from agent.serving.statistics import Statistics
+from agent.slots.drift import last_column
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 
@@ -135,7 +136,7 @@ class Inference:
         stats.request.observe(now - self._began)
         served = signature.served
         if served.score:
-            health.note_scores(to_array(outputs[served.score]).reshape(self._rows, -1)[:, -1])
+            health.note_scores(last_column(to_array(outputs[served.score])))
         if self._tensors is not None and (observer := served.tap.observer) is not None and observer.chosen(1):
             observer.offer(to_arrays(self._tensors), to_arrays(list(outputs.values())))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,11 @@ class ScoreBins:
     def _binned(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         places = np.searchsorted(self._edges, values, side="left")
         return np.bincount(places, minlength=len(self._edges) + 1)
+
+
+def last_column(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The score of each row: the last number of it."""
+    return values.reshape(values.shape[0], -1)[:, -1] if values.ndim and values.size else values.reshape(-1)
 
 
 def drift(

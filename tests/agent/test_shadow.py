@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.slots.drift import MINIMUM, REFERENCE, ScoreBins, drift, edges_of
-from agent.slots.guard import Health, judge as guard_judge, mark
+from agent.slots.guard import Health, mark
+from agent.slots.guard import judge as guard_judge
 from agent.slots.shadow import (
     Budget,
     Comparison,
@@ -87,7 +88,7 @@ def test_labels_are_equal_or_not_and_probabilities_name_the_same_class() -> None
 
 def test_models_with_nothing_in_common_are_not_compared() -> None:
     other = Side([TensorSpec("z", "float32", [-1])])
-    with pytest.raises(PackageError, match="z.*are none of.*y"):
+    with pytest.raises(PackageError, match=r"z.*are none of.*y"):
         Comparison.of(Side([FLOATS]), other, 0.1)
     Comparison.of(
         Side([FLOATS], Decision("y", 1.0)), Side([TensorSpec("z", "float32", [-1])], Decision("z", 1.0)), 0.1
@@ -250,7 +251,7 @@ def test_heat_pauses_until_it_is_cooler_and_the_unknown_is_not_judged() -> None:
 @given(st.floats(1e-4, 100), st.integers(1, 8), st.floats(0.01, 1))
 def test_rest_keeps_the_share_of_a_core(spent: float, cores: int, cpu: float) -> None:
     pause = rest(spent, cores, cpu)
-    assert pause >= 0 and spent * cores / (spent + pause) <= cpu * 1.0001 or (pause == 0 and cores <= cpu)
+    assert (pause >= 0 and spent * cores / (spent + pause) <= cpu * 1.0001) or (pause == 0 and cores <= cpu)
 
 
 def test_the_sample_has_its_share() -> None:
@@ -273,7 +274,9 @@ def bins(*parts: np.ndarray[Any, Any]) -> ScoreBins:
 @given(st.integers(0, 2**32 - 1), st.floats(-2, 2), st.integers(1, 700))
 def test_the_drift_is_what_brute_force_finds(seed: int, moved: float, size: int) -> None:
     random = np.random.default_rng(seed)
-    values = np.concatenate([random.normal(0, 1, REFERENCE), random.normal(moved, 1, 1000)]).astype(np.float32)
+    values = np.concatenate([random.normal(0, 1, REFERENCE), random.normal(moved, 1, 1000)]).astype(
+        np.float32
+    )
     made = bins(*[values[at : at + size] for at in range(0, len(values), size)])
     found = drift(made.proportions, (), made.counts)
     assert found and found[1] == 1000
