@@ -86,8 +86,8 @@ class Shadows:
             shadowing.stop()
             raise
         endless = walk.name.endswith(BESIDE)
-        self._runs[walk.name] = Run(walk, opened, shadow, shadowing, incumbent, endless, now)
-        incumbent.tap.observer = shadowing
+        self._runs[walk.name] = run = Run(walk, opened, shadow, shadowing, incumbent, endless, now)
+        _attach(run)
 
     def look_after(self) -> Iterator[tuple[Run, Finding]]:
         """Those that have come to an end, each with what was found; they have been stopped."""
@@ -114,8 +114,12 @@ class Shadows:
             if finding.passed is None:
                 if now - run.told_at >= REPORT_SECONDS:
                     run.told_at = now
+                    report = run.shadowing.report(tally)
+                    if run.incumbent.tap.observer is not run.shadowing:
+                        waits = "another candidate is on its way to act"
+                        report = msgspec.structs.replace(report, state="paused", reason=waits)
                     with self._board.lock:
-                        self._board.shadows[name] = run.shadowing.report(tally)
+                        self._board.shadows[name] = report
                     self._board.changed()
                 continue
             state = "passed" if finding.passed else "refused"
@@ -132,12 +136,12 @@ class Shadows:
     def _follow(self, name: str, run: Run) -> None:
         """Stay beside what acts. Raises PackageError when that has become another model that cannot be compared."""
         acting = self._board.active.get(name.removesuffix(BESIDE))
-        if acting is None or acting is run.incumbent:
-            return
-        run.incumbent.tap.observer = None
-        run.incumbent = acting
-        run.shadowing.again(_comparison(acting, run.opened, run.shadow))
-        acting.tap.observer = run.shadowing
+        if acting is not None and acting is not run.incumbent:
+            if run.incumbent.tap.observer is run.shadowing:
+                run.incumbent.tap.observer = None
+            run.incumbent = acting
+            run.shadowing.again(_comparison(acting, run.opened, run.shadow))
+        _attach(run)
 
     def _finish(self, name: str, run: Run, state: str, reason: str) -> None:
         if run.incumbent.tap.observer is run.shadowing:
@@ -151,6 +155,13 @@ class Shadows:
             run.shadowing.stop()
         except EdgewardError as error:
             log.warning("slot %s: stopping its shadow: %s", name, error)
+
+
+def _attach(run: Run) -> None:
+    """One is fed at a time: a candidate on its way to act comes before one that never shall."""
+    tap = run.incumbent.tap
+    if tap.observer is None or not run.endless:
+        tap.observer = run.shadowing
 
 
 def _comparison(incumbent: ActiveModel, opened: Opened, shadow: ShadowPolicy) -> Comparison:

@@ -120,7 +120,9 @@ class Slots:
     ) -> None:
         """A candidate that runs without acting for as long as it is wished."""
         wanted, known = target.shadow, self._board.candidates.get(name)
-        if wanted is None or (known is not None and (known.target, known.policy) == (wanted, target.policy)):
+        same = known is not None and (known.target, known.policy) == (wanted, target.policy)
+        # The streams may be others now.
+        if wanted is None or (same and known is not None and known.reason != MISMATCH):
             return
         self._board.candidates[name] = lifecycle.wish(wanted, quarantined, now, target.policy)
 

@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from agent.slots.activation import Setup
+from agent.slots.shadow import Tally
 from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock
@@ -265,7 +266,7 @@ def test_a_candidate_that_crashes_is_quarantined_for_good(rig: Rig, one: ModelRe
         until(lambda: (run := rig.run()) is not None and run.shadowing._tally.seen)
         os.kill(rig.run().shadowing._runner.pid, signal.SIGSEGV)
         got = until(lambda: (now := rig.report()).phase is Phase.QUARANTINED and now)
-    assert got.reason == "ShadowWorkerLost" and "crashed (SIGSEGV)" in got.message
+    assert got.reason == "ShadowWorkerLost" and "its worker crashed" in got.message
     assert list(rig.slots._state.quarantined()) == [two.digest]
     assert traffic.wrong == [] and traffic.versions == {1}
 
@@ -328,10 +329,40 @@ def test_one_beside_runs_for_as_long_as_it_is_wished_and_never_acts(
         assert (now.phase, now.running, now.target) == (Phase.ACTIVE, one, one)
         assert now.shadow and now.shadow.digest == two.digest and now.shadow.state == "running"
         assert run.shadowing._tally.agreed == 0 and rig.slots.settled()
-        rig.wish(one)
+        assert traffic.versions == {1}
+        three = rig.releaser.release(3, ("only", good()))
+        rig.wish(three, beside=two, inferences=10)
+        until(lambda: rig.report().running == three)
+        beside = until(lambda: run.shadowing is not rig.run().shadowing and rig.run())
+        until(lambda: beside.shadowing._tally.seen > 10)
+        assert beside.incumbent is rig.slots.active("default") and rig.report().phase is Phase.ACTIVE
+        rig.wish(three, inferences=10)
         until(lambda: rig.run() is None)
-        assert rig.slots.active("default").tap.observer is None and rig.report().shadow is None
-    assert traffic.versions == {1} and traffic.wrong == []
+        assert rig.slots.active("default").tap.observer is None
+        assert rig.report().shadow.digest == three.digest and traffic.wrong == []
+
+
+def test_it_stays_beside_what_acts_when_that_gives_way(rig: Rig, one: ModelRef, until: Any) -> None:
+    two, three = (rig.releaser.release(version, ("only", good())) for version in (2, 3))
+    with Traffic(rig.slots) as traffic:
+        rig.wish(two)
+        until(lambda: rig.report().running == two)
+        incumbent = rig.slots.active("default")
+        rig.wish(three, inferences=1_000_000)
+        run = until(lambda: rig.run())
+        until(lambda: run.shadowing._tally.seen > 20)
+        before = run.shadowing._tally
+        incumbent.health.failed += incumbent.health.answered + 10_000
+        until(lambda: rig.report().running == one and run.incumbent.ref == one)
+        until(lambda: run.shadowing._tally is not before and run.shadowing._tally.seen > 20)
+        assert incumbent.tap.observer is None and rig.report().phase is Phase.SHADOW
+    assert traffic.wrong == []
+
+
+def test_another_policy_for_what_runs_is_no_candidate(rig: Rig, one: ModelRef, until: Any) -> None:
+    rig.wish(one, slot={"threads": 2})
+    until(lambda: (model := rig.slots.active("default")) is not None and model.policy.threads == 2)
+    assert rig.report().phase is Phase.ACTIVE and rig.report().shadow is None
 
 
 def test_a_candidate_with_other_inputs_is_refused_with_words(rig: Rig, one: ModelRef, until: Any) -> None:
@@ -372,6 +403,9 @@ def test_what_runs_never_waits_for_the_queue(rig: Rig, one: ModelRef, until: Any
             shadowing.offer({"x": rows}, {"y": rows})
     assert len(shadowing._queue) <= 32 and shadowing._tally.skipped >= 200 - 33
     assert rig.slots.active("default").runner.infer({"x": rows})["y"].tolist() == [[2.0] * 4]
+    tally = Tally()
+    shadowing._compare(tally, shadowing._comparison, {"y": rows}, {}, 1, None)
+    assert (tally.seen, tally.agreed) == (1, 0), "an answer that lacks an output ends nothing"
     huge = np.zeros((1 << 20, 4), np.float32)
     with shadowing._changed:
         shadowing._queue.clear()
