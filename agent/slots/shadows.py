@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 #: How often a run that goes on is reported, in seconds.
 REPORT_SECONDS = 10.0
+REPLACED = "a newer wish has taken its place"
 
 
 @dataclass
@@ -58,6 +59,9 @@ class Shadows:
     def begin(self, walk: Walk, opened: Opened) -> None:
         """Run it beside what acts, in a worker of its own. Raises Refused, RuntimeFault, Replaced."""
         opened.runner.stop()
+        # The wish that it has been replaced by may have come after the last look.
+        if (before := self._runs.get(walk.name)) is not None:
+            self._finish(walk.name, before, "ended", REPLACED)
         policy = walk.state.policy
         shadow = policy.shadow or ShadowPolicy()
         incumbent = self._board.active.get(walk.name.removesuffix(BESIDE))
@@ -97,7 +101,7 @@ class Shadows:
                 run.walk.check()
                 self._follow(name, run)
             except Replaced:
-                self._finish(name, run, "ended", "a newer wish has taken its place")
+                self._finish(name, run, "ended", REPLACED)
                 continue
             except PackageError as error:
                 finding = Finding(False, "ShadowNotComparable", str(error))
