@@ -293,6 +293,7 @@ def test_heat_pauses_and_no_sensor_says_so(rig: Rig, one: ModelRef, until: Any) 
         before = tally.seen
         until(lambda: tally.skipped > 500)
         assert tally.seen <= before + 1 and rig.report().phase is Phase.SHADOW
+        assert paused.chosen(100) == [], "nothing is copied for nobody"
         assert "TooHot: 90 degrees, the limit is 80" in paused.report(tally).reason
         rig.heat = None
         got = until(lambda: (now := rig.report()).running == two and now)
@@ -357,6 +358,18 @@ def test_one_beside_runs_for_as_long_as_it_is_wished_and_never_acts(
         assert rig.report().shadow.digest == three.digest and traffic.wrong == []
 
 
+def test_one_on_its_way_to_act_is_fed_first(rig: Rig, one: ModelRef, until: Any) -> None:
+    two, three = (rig.releaser.release(version, ("only", good())) for version in (2, 3))
+    rig.wish(three, beside=two)
+    shadows = rig.slots._candidates._shadows
+    until(lambda: len(shadows._runs) == 2)
+    first, beside = shadows._runs["default"], shadows._runs["default@shadow"]
+    for run in (beside, first, beside):
+        shadows._follow(run.walk.name, run)
+        assert first.incumbent.tap.observer is first.shadowing
+    assert rig.report().phase is Phase.SHADOW and rig.report().shadow.digest == two.digest
+
+
 def test_it_stays_beside_what_acts_when_that_gives_way(rig: Rig, one: ModelRef, until: Any) -> None:
     two, three = (rig.releaser.release(version, ("only", good())) for version in (2, 3))
     with Traffic(rig.slots) as traffic:
@@ -394,16 +407,20 @@ def test_a_candidate_with_other_inputs_is_refused_with_words(rig: Rig, one: Mode
 def test_the_worker_keeps_its_share_of_a_core(rig: Rig, one: ModelRef, models: Any, until: Any) -> None:
     """Of its own account: no other load may change what is measured."""
     two = rig.releaser.release(2, ("only", models["slow"]))
-    with Traffic(rig.slots):
-        rig.wish(two, cpu=0.1, inferences=1_000_000, max_latency_ms=None)
-        run = until(lambda: rig.run())
-        until(lambda: run.shadowing._tally.seen > 3)
-        process = psutil.Process(run.shadowing._runner.pid)
-        used, began = sum(process.cpu_times()[:2]), time.monotonic()
-        seen = run.shadowing._tally.seen
-        until(lambda: run.shadowing._tally.seen >= seen + 10)
-        spent = sum(process.cpu_times()[:2]) - used
-        assert spent <= 0.15 * (time.monotonic() - began)
+    rig.wish(two, cpu=0.1, inferences=1_000_000)
+    shadowing = until(lambda: rig.run()).shadowing
+    rows = np.ones((1, 4), np.float32)
+
+    def fed(number: int) -> bool:
+        for _ in shadowing.chosen(1):
+            shadowing.offer({"x": rows}, {"y": rows * 2})
+        return bool(shadowing._tally.seen >= number)
+
+    until(lambda: fed(3))
+    process = psutil.Process(shadowing._runner.pid)
+    used, began = sum(process.cpu_times()[:2]), time.monotonic()
+    until(lambda: fed(13))
+    assert sum(process.cpu_times()[:2]) - used <= 0.15 * (time.monotonic() - began)
 
 
 def test_what_runs_never_waits_for_the_queue(rig: Rig, one: ModelRef, until: Any) -> None:
@@ -418,6 +435,9 @@ def test_what_runs_never_waits_for_the_queue(rig: Rig, one: ModelRef, until: Any
             shadowing.offer({"x": rows}, {"y": rows})
     assert len(shadowing._queue) <= 32 and shadowing._tally.skipped >= 200 - 33
     assert rig.slots.active("default").runner.infer({"x": rows})["y"].tolist() == [[2.0] * 4]
+    for _ in range(40):
+        shadowing.offer({"x": rows}, {"y": rows})
+    assert len(shadowing._queue) <= 32, "also of one who does not ask first"
     tally = Tally()
     shadowing._compare(tally, shadowing._comparison, {"y": rows}, {}, 1, None)
     assert (tally.seen, tally.agreed) == (1, 0), "an answer that lacks an output ends nothing"

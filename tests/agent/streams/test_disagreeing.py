@@ -139,11 +139,11 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def test_only_what_a_shadow_answers_otherwise_goes_up(rig: Rig) -> None:
     observer = rig.model.tap.observer = Contradicts(above=10.0)
     rig.start(quality={"b": Check(minimum=0)}, publish=Publish(results="disagreeing", samples="disagreeing"))
-    rig.send([(1, 0.5), (20, 0.25), (3, -1), (4, 0.5), (60, 0.0)])
-    results = until(lambda: len(rows := rig.rows("result")) == 3 and rows)
+    rig.send([(1, 0.5), (20, 0.25), (3, -1), (4, 0.5), (60, 0.0), (70, 1e39)])
+    results = until(lambda: len(rows := rig.rows("result")) == 4 and rows)
     late = [(row.source_seq, row.outputs, row.alarm) for row in results if row.provider]
     assert late == [(1, {"score": 20.25}, False), (4, {"score": 60.0}, True)]
-    assert [row.source_seq for row in results if not row.provider] == [2], (
+    assert [row.source_seq for row in results if not row.provider] == [2, 5], (
         "what was not predicted goes up too"
     )
     samples = rig.rows("sample")
@@ -155,6 +155,22 @@ def test_only_what_a_shadow_answers_otherwise_goes_up(rig: Rig) -> None:
         [[1.0, 0.5]], [[20.0, 0.25]], [[4.0, 0.5]], [[60.0, 0.0]],
     ]  # fmt: skip
     assert [outputs["score"].tolist() for _, outputs in observer.offered][1] == [[20.25]]
+
+
+def test_an_answer_that_comes_later_goes_up_by_itself(rig: Rig) -> None:
+    class Later(Contradicts):
+        def offer(self, inputs: Arrays, outputs: Arrays, disagreed: Disagreed | None = None) -> None:
+            assert disagreed is not None
+            waiting.append(disagreed)
+
+    waiting: list[Disagreed] = []
+    rig.model.tap.observer = Later(above=0.0)
+    rig.start(publish=Publish(results="disagreeing", trends=False))
+    rig.send([(1, 0.5), (20, 0.25)])
+    assert rig.rows("result") == []
+    for disagreed in waiting:
+        disagreed()
+    until(lambda: [row.source_seq for row in rig.rows("result")] == [0, 1])
 
 
 def test_a_window_goes_up_with_all_of_its_samples_and_at_its_rate(rig: Rig) -> None:
