@@ -412,14 +412,14 @@ def test_the_worker_keeps_its_share_of_a_core(rig: Rig, one: ModelRef, models: A
     rows = np.ones((1, 4), np.float32)
 
     def fed(number: int) -> bool:
-        for _ in shadowing.chosen(1):
+        for _ in shadowing.chosen(32):
             shadowing.offer({"x": rows}, {"y": rows * 2})
         return bool(shadowing._tally.seen >= number)
 
     until(lambda: fed(3))
     process = psutil.Process(shadowing._runner.pid)
     used, began = sum(process.cpu_times()[:2]), time.monotonic()
-    until(lambda: fed(13))
+    until(lambda: fed(33))
     assert sum(process.cpu_times()[:2]) - used <= 0.15 * (time.monotonic() - began)
 
 
