@@ -199,6 +199,7 @@ def status(
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
+            "shadows": {name: msgspec.to_builtins(report) for name, report in state.shadow_reports().items()},
             "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
             "outbox": {
                 lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
@@ -223,6 +224,8 @@ def status(
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
         for row in record.get("variants") or []:
             out.print(f"  {variant_line(row)}", markup=False)
+        if (shadow := dict(facts["shadows"]).get(name)) is not None:
+            out.print(f"  {shadow_line(shadow)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
     if obtained.peer_blobs or obtained.controller_blobs:
@@ -273,6 +276,22 @@ def import_(
         out.print("  this generation was accepted here before; its files are at hand now")
     out.print("a running agent takes it within seconds, otherwise its next start does:")
     out.print(f"  edgeward agent status --dir {folder}")
+
+
+def shadow_line(report: dict[str, Any]) -> str:
+    """One run without acting (ShadowReport as builtins)."""
+    parts = [f"shadow {report['digest'][:12]} {report['state']}"]
+    parts.append(f"{report['agreed']} of {report['seen']} agreed")
+    parts += [
+        f"{report[key]} {key.replace('_', ' ')}" for key in ("failed", "not_finite", "skipped") if report[key]
+    ]
+    if report["psi"] is not None:
+        parts.append(f"PSI {report['psi']:.3f}")
+    if "p95" in report["latency_ms"]:
+        parts.append(f"p95 {report['latency_ms']['p95']:.3g} ms")
+    if report["memory_bytes"]:
+        parts.append(f"{report['memory_bytes'] >> 20} MiB")
+    return "  ".join([*parts, report["reason"]]).rstrip()
 
 
 def variant_line(row: dict[str, Any]) -> str:

@@ -90,6 +90,7 @@ class Daemon:
         self._boot = self.state.next_boot()
         self._n = 0
         self._number = threading.Lock()
+        self._shadows = self.state.shadow_reports()
         self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
@@ -349,10 +350,18 @@ class Daemon:
         return self._seal(status, self._status_topic)
 
     def _send_reported(self) -> None:
+        slots = self.slots.report()
+        shadows = {name: slot.shadow for name, slot in slots.items() if slot.shadow is not None}
+        if shadows != self._shadows:
+            self._shadows = shadows
+            try:
+                self.state.set_shadow_reports(shadows)  # for `edgeward agent status`
+            except (OSError, sqlite3.Error) as error:
+                log.warning("what a shadow has seen is not written down: %s", error)
         reported = Reported(
             *self._next(),
             self.state.generation(),
-            self.slots.report(),
+            slots,
             conditions=self.slots.conditions(),
             quarantined=list(self.state.quarantined()),
             holds=self.slots.holds(),

@@ -18,7 +18,7 @@ import msgspec
 
 from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.reports import StreamReport, VariantMeasure
+from edgeward.wire.reports import ShadowReport, StreamReport, VariantMeasure
 from edgeward.wire.rows import Row
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.topics import LANES, Lane
@@ -185,6 +185,19 @@ class State:
 
     def set_stream_reports(self, at: float, reports: list[StreamReport]) -> None:
         self._set_meta("streams", _encode((at, reports)))
+
+    def shadow_reports(self) -> dict[str, ShadowReport]:
+        """The newest run without acting of each slot, as it was last reported."""
+        value = self._meta("shadows")
+        try:
+            if isinstance(value, bytes):
+                return msgspec.msgpack.decode(value, type=dict[str, ShadowReport])
+        except msgspec.DecodeError:  # another version of the agent wrote it
+            pass
+        return {}
+
+    def set_shadow_reports(self, reports: dict[str, ShadowReport]) -> None:
+        self._set_meta("shadows", _encode(reports))
 
     # slots
 

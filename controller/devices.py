@@ -41,9 +41,13 @@ def compose(
     policies: Mapping[str, SlotPolicy] | None = None,
     terms: Mapping[str, ActivationTerms] | None = None,
     delivery: Delivery | None = None,
+    shadows: Mapping[str, ModelRef] | None = None,
 ) -> DesiredState:
-    """`models`, `policies` and `terms` by slot; a slot without a policy runs by the default one."""
-    default, policies, terms = SlotPolicy(), policies or {}, terms or {}
+    """`models`, `policies`, `terms` and `shadows` by slot; a slot without a policy runs by the default one.
+
+    A shadow that is the slot's own model has nothing to show.
+    """
+    default, policies, terms, shadows = SlotPolicy(), policies or {}, terms or {}, shadows or {}
     return DesiredState(
         site=site,
         device=device,
@@ -52,7 +56,10 @@ def compose(
         expires_at=now + DESIRED_LIFETIME,
         slots={
             slot: SlotTarget(
-                active=model, policy=policies.get(slot, default), terms=terms.get(slot, ActivationTerms())
+                active=model,
+                shadow=beside if (beside := shadows.get(slot)) != model else None,
+                policy=policies.get(slot, default),
+                terms=terms.get(slot, ActivationTerms()),
             )
             for slot, model in sorted(models.items())
         },

@@ -107,6 +107,7 @@ class Worker:
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self.restarts = 0
+        self.loss = ""
 
     @property
     def pid(self) -> int | None:
@@ -301,7 +302,9 @@ class Worker:
             if channel.pending:
                 self._loop.add_writer(process.fileno(), self._writable)
             self._company += (len(batch.requests) - self._company) * 0.1
-            if self._company < _ALONE and self._mean_ns < _POLL_NS:
+            # What gives way to others must not hold up the loop that answers them.
+            awake = not self._load.options.niceness
+            if awake and self._company < _ALONE and self._mean_ns < _POLL_NS:
                 self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
@@ -395,6 +398,7 @@ class Worker:
         self._fail(
             failed, RuntimeFault(f"model {self._name}: two workers were lost over one request ({why})")
         )
+        self.loss = why
         self.restarts += 1
         self._loop.call_later(delay, self._start_again)
         if looping:

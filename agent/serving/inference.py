@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 
 from agent.runtime.port import Tensor, Timing
+from agent.runtime.tensors import to_array, to_arrays
 from agent.serving.catalog import Catalog, Served
 from agent.serving.refusal import NotFinite, Refusal, blames_model, from_engine
 from agent.serving.signature import Signature
 from agent.serving.statistics import Statistics
+from agent.slots.drift import last_column
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 
@@ -62,7 +64,7 @@ class Models:
 class Inference:
     """Counts one request as a success or a failure, whichever way it ends."""
 
-    __slots__ = ("_began", "_fail", "_finish", "_now", "_rows", "_signature", "_submitted")
+    __slots__ = ("_began", "_fail", "_finish", "_now", "_rows", "_signature", "_submitted", "_tensors")
 
     def __init__(self, signature: Signature, clock: Clock, began: float, finish: Finish, fail: Fail) -> None:
         """`began` is the clock's monotonic time when the request was complete."""
@@ -73,6 +75,7 @@ class Inference:
         self._fail = fail
         self._rows = 1
         self._submitted = began
+        self._tensors: list[Tensor] | None = None
 
     def submit(self, tensors: list[Tensor], body_bytes: int) -> None:
         """Queue it; `finish` or `fail` is called later on this loop, or `fail` at once."""
@@ -87,6 +90,8 @@ class Inference:
         if runner is None:
             raise AssertionError("only a ready model has a signature")
         stats.pending += 1
+        if served.tap.observer is not None:
+            self._tensors = tensors
         try:
             runner.submit(tensors, self._done)
         except EdgewardError as error:
@@ -129,6 +134,11 @@ class Inference:
         stats.queue.observe(timing.queue_ns / 1e9)
         stats.infer.observe(timing.infer_ns / 1e9)
         stats.request.observe(now - self._began)
+        served = signature.served
+        if served.score:
+            health.note_scores(last_column(to_array(outputs[served.score])))
+        if self._tensors is not None and (observer := served.tap.observer) is not None and observer.chosen(1):
+            observer.offer(to_arrays(self._tensors), to_arrays(list(outputs.values())))
 
     def _checked(self, result: list[Tensor]) -> dict[str, Tensor]:
         try:

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable
 
 from agent import lifecycle
+from agent.lifecycle import Verdict
 from agent.runtime.engine import Engine
 from agent.slots.activation import Activation, Opened, Setup
 from agent.slots.active import ActiveModel, conditions, make_active
-from agent.slots.board import RUNNING, Board
-from agent.slots.candidate import MISMATCH, Candidates, Replaced
+from agent.slots.board import BESIDE, RUNNING, Board
+from agent.slots.candidate import MISMATCH, Candidates
 from agent.slots.care import Care
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate
+from agent.slots.heat import hottest
+from agent.slots.walk import Replaced
 from agent.state import State
 from agent.trusted_clock import Moment
 from agent.verify import Verifier
@@ -45,16 +48,19 @@ class Slots:
         setup: Setup | None = None,
         problem: Callable[[str, Opened], str] = lambda slot, opened: "",
         gate: Gate | None = None,
+        temperature: Callable[[], float | None] = hottest,
     ) -> None:
         """`changed` is called after every change, from any of the agent's threads. `problem` says why a
         tested model must not enter a slot after all: a stream of that slot cannot feed it. `gate` knows the
-        site's hours and holds."""
+        site's hours and holds. `temperature` gives degrees Celsius, None where nothing says."""
         self._state = state
         self._board = board = Board(state.slots(), clock, changed)
         self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._disk = disk = Disk(board, state, verifier, self._activation)
         self._gate = gate = gate or Gate(lambda: Moment(clock.now()))
-        self._candidates = Candidates(board, state, verifier, self._activation, disk, gate, problem)
+        self._candidates = Candidates(
+            board, state, verifier, self._activation, disk, gate, problem, temperature
+        )
         self._care = Care(board, state, self._activation, disk)
         gate.meanwhile(self._meanwhile)
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
@@ -81,6 +87,7 @@ class Slots:
             self._board.lock.notify_all()
         self._gate.stop()
         self._thread.join(30)
+        self._candidates.stop()
         for model in self._board.active.values():
             model.runner.stop()
 
@@ -109,11 +116,25 @@ class Slots:
                     self._board.candidates[name] = lifecycle.wish(
                         target.active, quarantined, now, target.policy
                     )
-            for name in set(self._board.candidates) - set(targets):
+            beside = {name + BESIDE: target for name, target in targets.items() if target.shadow is not None}
+            for name, target in beside.items():
+                self._wish_beside(name, target, quarantined, now)
+            for name in set(self._board.candidates) - set(targets) - set(beside):
                 del self._board.candidates[name]
             self._board.untidy = True
             self._board.lock.notify_all()
         self._board.changed()
+
+    def _wish_beside(
+        self, name: str, target: SlotTarget, quarantined: dict[str, Verdict], now: float
+    ) -> None:
+        """A candidate that runs without acting for as long as it is wished."""
+        wanted, known = target.shadow, self._board.candidates.get(name)
+        same = known is not None and (known.target, known.policy) == (wanted, target.policy)
+        # The streams may be others now.
+        if wanted is None or (same and known is not None and known.reason != MISMATCH):
+            return
+        self._board.candidates[name] = lifecycle.wish(wanted, quarantined, now, target.policy)
 
     def retry(self) -> None:
         """Try again at once what waits for its next try."""
@@ -126,7 +147,10 @@ class Slots:
         """Whether every wish has come to its end, good or bad."""
         with self._board.lock:
             ended = (*RUNNING, Phase.QUARANTINED)
-            return all(state.phase in ended for state in self._board.candidates.values())
+            return all(
+                state.phase in ended or (state.phase is Phase.SHADOW and name.endswith(BESIDE))
+                for name, state in self._board.candidates.items()
+            )
 
     def crash_looped(self, name: str, losses: int, seconds: float) -> None:
         """A model's worker was lost `losses` times within `seconds`; for the engine, does not wait."""
@@ -158,6 +182,7 @@ class Slots:
         while True:
             self._care.look_after()
             self._candidates.look()
+            self._candidates.look_after()
             with self._board.lock:
                 if self._board.stop:
                     return

@@ -21,6 +21,7 @@ from agent.runtime.worker import WorkerStopped
 from agent.slots.active import ActiveModel
 from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
+from agent.streams.disagreeing import Disagreeing
 from agent.streams.examples import Examples, make_examples
 from agent.streams.figures import Figures
 from agent.streams.infer import infer_fitting
@@ -109,6 +110,7 @@ class StreamRunner:
             int(spec.publish.trend_bucket * 1e6), spec.publish.trend_bucket + spec.window.timeout
         )
         self._trends.restore(state.open_trends(target.name), clock.monotonic())
+        self._disagreeing = Disagreeing(target, clock)
         self._selection: Selection | None = None
         self._model: ActiveModel | None = None
         self._signature: Signature | None = None
@@ -227,7 +229,7 @@ class StreamRunner:
             closed += self._windows.add(samples, arrived)
         now = self._clock.monotonic()
         closed += self._windows.due(now)
-        if closed or (self._trends.due or now + 1) <= now:
+        if closed or self._disagreeing.waiting or (self._trends.due or now + 1) <= now:
             self._process(closed, received if received is not None else self._clock.monotonic())
 
     def _accept(self, samples: Samples) -> Samples:
@@ -267,6 +269,10 @@ class StreamRunner:
         rows: list[tuple[Lane, Row]] = []
         if examples is not None:
             rows += self._rows_of(examples, received)
+        if self._disagreeing.waiting:
+            late, dropped = self._disagreeing.take()
+            rows += late
+            self.count("disagreeing_dropped", dropped)
         trends = self._trends.take(self.target, self._clock.monotonic(), everything=everything)
         rows += [("trend", row) for row in trends]
         change = self._trends.change(self.target, closed=bool(trends))
@@ -388,6 +394,11 @@ class StreamRunner:
             spent = self._clock.monotonic() - began
             model.health.note(round(spent * 1e9), int(answered.sum()))
             model.health.alarms += int(outputs.alarm.sum())
+            if model.health.scores is not None and model.score in outputs.scores:
+                model.health.note_scores(outputs.scores[model.score][outputs.answered])
+            if (observer := model.tap.observer) is not None:
+                lineage = Lineage(model.ref.digest, model.package.variant.name, model.runner.provider)
+                self._disagreeing.offer(observer, signature, lineage, examples, got, outputs)
             return model, outputs, spent * 1e3
 
     # figures

@@ -68,17 +68,26 @@ class DeviceSpec(SpecStruct, frozen=True):
     revoked: bool = False
 
 
+class ShadowModel(SpecStruct, frozen=True):
+    """A released version that runs beside what a slot runs, without acting, for as long as it stands here."""
+
+    model: str
+    version: Positive
+
+
 class FleetSpec(SpecStruct, frozen=True):
     """The devices whose labels equal every pair of `match_labels`, the streams they run, and how their slots run.
 
     Each device has the labels `site` and `device` besides its own. `maintenance` takes the place of its
-    site's for the slots that this fleet's rollouts fill.
+    site's for the slots that this fleet's rollouts fill. `shadows` are, by slot, versions that run without
+    acting: the slot's policy gives their budget (`shadow`, or its defaults).
     """
 
     match_labels: Annotated[dict[str, str], Meta(min_length=1)]
     streams: list[str] = []
     slots: dict[str, SlotPolicy] = {}
     maintenance: Schedule | None = None
+    shadows: dict[str, ShadowModel] = {}
 
 
 class ModelSpec(SpecStruct, frozen=True):
@@ -275,6 +284,9 @@ def _check(spec: SpecStruct) -> None:
                 check_providers(policy.providers, f"spec.slots.{slot}.providers")
                 check_policy(policy, f"spec.slots.{slot}")
             check_schedule(spec.maintenance, "spec.maintenance")
+            for slot, shadow in spec.shadows.items():
+                check_name(slot, "spec.shadows")
+                check_name(shadow.model, f"spec.shadows.{slot}.model")
         case SiteSpec():
             check_schedule(spec.delivery.schedule, "spec.delivery.schedule")
             check_schedule(spec.maintenance, "spec.maintenance")

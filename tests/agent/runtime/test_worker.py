@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from agent.runtime.engine import Engine
-from agent.runtime.port import Overloaded, Timing
+from agent.runtime.port import LoadOptions, Overloaded, Timing
 from agent.runtime.tensors import to_tensors
 from agent.runtime.worker import DeadlineExceeded, Worker, WorkerStopped
 from edgeward.errors import EdgewardError, RuntimeFault
@@ -223,6 +223,20 @@ def test_a_request_that_always_crashes_fails_alone_after_two_workers(engine: Eng
     thread.join()
     innocent.stop()
     assert innocent.failures == []
+
+
+@pytest.mark.parametrize("niceness", [0, 19])
+def test_the_loop_waits_awake_for_nobody_who_gives_way(
+    engine: Engine, niceness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polled: list[int] = []
+    monkeypatch.setattr(Worker, "_poll", lambda self: polled.append(1))
+    worker = opened(engine, doubler(), options=LoadOptions(niceness=niceness))
+    monkeypatch.setattr(worker, "_mean_ns", 0.0)
+    for _ in range(5):
+        double_something(worker)
+    assert bool(polled) == (niceness == 0)
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid or 0) == os.nice(0) + niceness
 
 
 def test_a_hang_costs_the_request_and_the_worker_only(engine: Engine) -> None:
