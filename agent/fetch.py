@@ -123,7 +123,9 @@ class BlobStore:
             headers["Range"] = f"bytes={have}-"
         with (
             watched(f"artifact {digest[:16]}", self._limits, clock) as watch,
-            transport.stream(f"/artifacts/{digest}", headers=headers, connected=watch.connected) as response,
+            transport.stream(
+                f"/artifacts/{digest}", headers=headers, connected=watch.connected, elsewhere=True
+            ) as response,
         ):
             if have and not _goes_on(response.status_code, response.headers.get("Content-Range"), have):
                 have = 0
@@ -155,7 +157,10 @@ class Watch:
 
     def connected(self, connection: socket.socket) -> None:
         # A descriptor of our own: the client may close, and the system hand out again, the other at any time.
+        before = self._connection
         self._connection = socket.fromfd(connection.fileno(), connection.family, connection.type)
+        if before is not None:  # the controller's, which pointed elsewhere
+            before.close()
         if self.problem:
             self.cut(self.problem)
 
