@@ -112,6 +112,7 @@ class S3Artifacts:
             self._put(digest, path)
             size = path.stat().st_size
             path.replace(self._copies / digest)
+            self._remember(digest, size)
             self._take_in(digest, size)
 
         return Upload(self._incoming, digest, self._limit, keep)
@@ -183,11 +184,14 @@ class S3Artifacts:
                 with self._lock:
                     self._sizes.pop(digest, None)
                 raise NotFound(f"there is no artifact {digest}") from None
+        self._remember(digest, size)
+        return size
+
+    def _remember(self, digest: str, size: int) -> None:
         with self._lock:
             self._sizes[digest] = size
             if len(self._sizes) > _KNOWN:
                 self._sizes.popitem(last=False)
-        return size
 
     def source(self, digest: str) -> Remote:
         """A size that is known is not asked for again: this is once for each download."""

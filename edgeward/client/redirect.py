@@ -31,7 +31,7 @@ def target(base: str, location: str | None) -> str:
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fits = False
-    if not location or not fits or "@" in parts.netloc or not url.isascii() or not url.isprintable():
+    if not location or not fits or "@" in parts.netloc or not (location.isascii() and location.isprintable()):
         raise Unavailable(f"{base} points to what is not an address for an artifact")
     if parts.scheme == "http" and not base.startswith("http:"):
         raise Unavailable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -82,12 +83,14 @@ class S3Server:
                 [
                     self._program, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
                     f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-                    "-master.telemetry=false", "-volume.max=50", "-master.volumeSizeLimitMB=64",
+                    "-master.telemetry=false", "-volume.max=5000", "-master.volumeSizeLimitMB=64",
                     f"-filer.localSocket={self._folder / 'filer.sock'}",
                     f"-s3.localSocket={self._folder / 's3.sock'}",
                     *(f"-{name}={port}" for name, port in ports.items()),
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder,
+                # A bucket is a collection of volumes; 7 each by default.
+                env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
             )  # fmt: skip
         try:
             while not self._answers():

@@ -1,0 +1,438 @@
+"""From the controller over a real S3 server to the real agent: redirects, cuts, wrong bytes, what leaks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import random
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import obstore
+import pytest
+
+from agent import delta
+from agent.fetch import BlobStore, Limits
+from controller.artifacts.s3_settings import S3Settings, settings_from
+from controller.downloads import Limits as Cap
+from edgeward.client.bundle import export
+from edgeward.client.transport import Transport
+from edgeward.clock import ManualClock, SystemClock
+from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
+from edgeward.storage import sha256_hex
+from edgeward.wire.package import Blob
+from tests.servers.s3 import SECRET_KEY, S3Server
+
+CONTENT = random.Random(5).randbytes(3 << 20)
+DIGEST, SIZE = sha256_hex(CONTENT), len(CONTENT)
+CLOCK = SystemClock()
+
+
+class Link:
+    """A TCP link to the S3 server, on which a test can cut each connection after so many bytes."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._port = int(endpoint.rpartition(":")[2])
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cut_after: Callable[[], int | None] = lambda: None
+        self.seen: list[bytes] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            for work in ((client, server, None), (server, client, self.cut_after())):
+                thread = threading.Thread(target=self._carry, args=work, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _carry(self, source: socket.socket, target: socket.socket, left: int | None) -> None:
+        try:
+            while data := source.recv(16384):
+                if source.getsockname()[1] == self._listener.getsockname()[1]:
+                    self.seen.append(data)
+                part = data if left is None else data[:left]
+                target.sendall(part)
+                if left is not None:
+                    left -= len(part)
+                    if left == 0:
+                        target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        break
+        except OSError:
+            pass
+        for end in (target, source):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._threads[0].join()
+
+
+@pytest.fixture
+def link(s3_server: S3Server) -> Iterator[Link]:
+    made = Link(s3_server.endpoint)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def settings(link: Link, s3_server: S3Server, s3_bucket: str) -> S3Settings:
+    environment = s3_server.environment | {"AWS_ENDPOINT_URL_S3": link.endpoint}
+    return settings_from(f"s3://{s3_bucket}/models", environment)
+
+
+@pytest.fixture
+def plant(start: Any, tmp_path: Path, settings: S3Settings) -> Iterator[Any]:
+    with start(tmp_path, s3=settings) as made:
+        yield made
+
+
+def upload(plant: Any, data: bytes = CONTENT) -> str:
+    path: Path = plant.folder / "blob"
+    path.write_bytes(data)
+    digest: str = plant.client.upload_artifact(path)
+    return digest
+
+
+def ask(plant: Any, digest: str, method: str = "GET", **headers: str) -> httpx.Response:
+    headers.setdefault("Authorization", f"Bearer {plant.token}")
+    return httpx.request(method, f"{plant.url}/artifacts/{digest}", headers=headers, trust_env=False)
+
+
+def held(settings: S3Settings, digest: str) -> str:
+    return f"{settings.prefix}{digest[:2]}/{digest}"
+
+
+# the controller
+
+
+def test_a_download_is_sent_to_s3_for_a_short_time_and_only_there(plant: Any) -> None:
+    digest = upload(plant)
+    plant.begin()
+    device = plant.enroll("d1")
+    for token in (plant.token, device.http.http._credential()):
+        answer = ask(plant, digest, Authorization=f"Bearer {token}")
+        assert answer.status_code == 307 and answer.content == b""
+        assert answer.headers["cache-control"] == "no-store"
+        location = answer.headers["location"]
+        assert "X-Amz-Expires=900" in location and token not in location and SECRET_KEY not in location
+        assert httpx.get(location, trust_env=False).content == CONTENT
+        assert httpx.get(location.partition("?")[0], trust_env=False).status_code == 403
+        other = location.replace(digest, sha256_hex(b"other"))
+        assert httpx.get(other, trust_env=False).status_code == 403
+        assert httpx.put(location, content=b"x", trust_env=False).status_code == 403
+    head = ask(plant, digest, "HEAD")
+    assert (head.status_code, head.headers["content-length"]) == (200, str(SIZE))
+    assert head.headers["etag"] == f'"{digest}"' and "location" not in head.headers
+    missing = ask(plant, sha256_hex(b"none"))
+    assert missing.status_code == 404 and "location" not in missing.headers
+    for wrong in ("", "Bearer x", "Bearer a.b.c"):
+        refused = ask(plant, digest, Authorization=wrong)
+        assert refused.status_code == 401 and "location" not in refused.headers
+
+
+def test_downloads_that_run_at_s3_are_capped_for_as_long_as_they_should_take(
+    start: Any, tmp_path: Path, settings: S3Settings
+) -> None:
+    clock = ManualClock(CLOCK.now())
+    cap = Cap(downloads=1, per_holder=1, reserved_rate=SIZE / 10)
+    with start(tmp_path, s3=settings, downloads=cap, clock=clock) as plant:
+        plant.begin()
+        digest = upload(plant)
+        one, two = plant.enroll("d1"), plant.enroll("d2")
+
+        def wanted(device: Any) -> httpx.Response:
+            token = device.http.http._credential()
+            return ask(plant, digest, Authorization=f"Bearer {token}")
+
+        assert wanted(one).status_code == 307
+        busy = wanted(two)
+        assert busy.status_code == 503 and int(busy.headers["retry-after"]) >= 1
+        assert "location" not in busy.headers
+        assert wanted(one).status_code == 307, "who lost its connection may ask again"
+        clock.advance(9.0)
+        assert wanted(two).status_code == 503
+        clock.advance(1.1)
+        assert wanted(two).status_code == 307
+        assert ask(plant, digest, "HEAD").status_code == 200, "needs no slot"
+
+
+def test_releases_deltas_and_bundles_work_on_what_lies_in_s3(
+    plant: Any, tmp_path: Path, rollout: Any, until: Any
+) -> None:
+    plant.begin()
+    ref = plant.publish(1)
+    base = bytearray(CONTENT)
+    old = upload(plant, bytes(base))
+    base[5000:5100] = bytes(100)
+    new = upload(plant, bytes(base))
+    for copy in (tmp_path / "data" / "artifacts-s3" / "copies").iterdir():
+        copy.unlink()  # as if they had been crowded out
+    device = plant.enroll("d1")
+    blobs = BlobStore(tmp_path / "agent" / "blobs")
+    transport = device.http.http
+    blobs.fetch(transport, old, SIZE, CLOCK)
+    came = delta.fetch(blobs, transport, Blob(new, SIZE), [Blob(old, SIZE)], CLOCK)
+    assert came is not None and came < 2000
+    assert blobs.read(new, SIZE) == base
+    plant.client.apply([rollout("r1", 1)])
+    until(lambda: _wishes_for(plant, ref), 60)
+    exported = export(plant.client, ["d1"], tmp_path / "bundle")
+    assert [(model.ref, model.blobs) for model in exported.models] == [(ref, 2)]
+
+
+def _wishes_for(plant: Any, ref: Any) -> bool:
+    try:
+        return ref.digest.encode() in base64.b64decode(json.loads(plant.client.desired("d1"))["payload"])
+    except EdgewardError:
+        return False
+
+
+# the agent
+
+
+def test_after_each_cut_the_next_try_goes_on_with_another_signature(
+    plant: Any, link: Link, tmp_path: Path
+) -> None:
+    digest = upload(plant)
+    transport = Transport(plant.url, credential=lambda: plant.token)
+    blobs, chance, tries = BlobStore(tmp_path / "blobs"), random.Random(11), 0
+    link.cut_after = lambda: chance.randint(1, SIZE // 10)
+    link.seen.clear()
+    while True:
+        tries += 1
+        try:
+            path = blobs.fetch(transport, digest, SIZE, CLOCK)
+            break
+        except Unavailable as error:
+            assert "X-Amz" not in str(error)
+    transport.close()
+    assert path.read_bytes() == CONTENT and tries > 10
+    parts = [request for request in link.seen if b"\r\nRange: bytes=" in request]
+    begins = [int(request.partition(b"\r\nRange: bytes=")[2].partition(b"-")[0]) for request in parts]
+    assert len(begins) > 10 and begins == sorted(begins)
+    assert not any(b"uthorization" in request for request in parts)
+    assert not any(plant.token.encode() in request for request in link.seen)
+
+
+@contextmanager
+def pointing_to(*locations: str) -> Iterator[tuple[str, list[Any]]]:
+    """A controller that points to these addresses, one after the other; its URL and what it was asked."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            location = locations[min(len(asked), len(locations) - 1)]
+            asked.append((self.path, dict(self.headers)))
+            self.send_response(307)
+            self.send_header("Location", location)
+            self.send_header("Set-Cookie", "session=hidden; Path=/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with _serving(Handler) as url:
+        yield url, asked
+
+
+@contextmanager
+def answering(status: int, body: bytes = b"", **fields: str) -> Iterator[tuple[str, list[Any]]]:
+    """A storage server that answers like that and records what it was asked."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, dict(self.headers)))
+            self.send_response(status)
+            for name, value in fields.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with _serving(Handler) as url:
+        yield url, asked
+
+
+@contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def device_of(url: str, folder: Path, limits: Limits | None = None) -> Iterator[Callable[[], Path]]:
+    """The agent's download of the artifact, with a token that must stay with the controller."""
+    transport = Transport(url, credential=lambda: "token-of-the-device")
+    blobs = BlobStore(folder / "blobs", limits=limits, reserve=0)
+    try:
+        yield lambda: blobs.fetch(transport, DIGEST, SIZE, CLOCK)
+    finally:
+        transport.close()
+
+
+def test_the_other_server_sees_neither_token_nor_cookie_and_is_asked_for_the_rest(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        part = {"Content_Range": f"bytes 1000-{SIZE - 1}/{SIZE}"}
+        storage, seen = stack.enter_context(answering(206, CONTENT[1000:], **part))
+        controller, asked = stack.enter_context(pointing_to(f"{storage}/b/k?X-Amz-Signature=0123abcd"))
+        fetch = stack.enter_context(device_of(controller, tmp_path))
+        (tmp_path / "blobs" / f"{DIGEST}.part").write_bytes(CONTENT[:1000])
+        assert fetch().read_bytes() == CONTENT
+    assert asked[0][1]["Authorization"] == "Bearer token-of-the-device"
+    ((path, headers),) = seen
+    assert path == "/b/k?X-Amz-Signature=0123abcd" and headers["Range"] == "bytes=1000-"
+    told = {name.lower() for name in headers}
+    assert told == {"host", "accept", "accept-encoding", "connection", "user-agent", "range"}
+    assert "token-of-the-device" not in str(headers) and "hidden" not in str(headers)
+
+
+def test_one_redirect_is_followed_and_no_more(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        last, never = stack.enter_context(answering(200, CONTENT))
+        storage, _ = stack.enter_context(pointing_to(f"{last}/k?X-Amz-Signature=0123abcd"))
+        controller, _ = stack.enter_context(pointing_to(f"{storage}/k?X-Amz-Signature=0123abcd"))
+        fetch = stack.enter_context(device_of(controller, tmp_path))
+        with pytest.raises(Unavailable, match="points elsewhere once more") as problem:
+            fetch()
+    assert never == [] and "0123abcd" not in str(problem.value)
+
+
+def test_an_address_that_has_expired_is_asked_for_again(
+    s3_server: S3Server, s3_bucket: str, tmp_path: Path
+) -> None:
+    bucket = s3_server.store(s3_bucket)
+    obstore.put(bucket, "k", CONTENT)
+    expired = obstore.sign(bucket, "GET", "k", timedelta(seconds=1))
+    while httpx.get(expired, trust_env=False).status_code != 403:
+        pass  # until S3 itself says so
+    good = obstore.sign(bucket, "GET", "k", timedelta(minutes=1))
+    with pointing_to(expired, good) as (url, asked), device_of(url, tmp_path) as fetch:
+        assert fetch().read_bytes() == CONTENT
+        assert len(asked) == 2
+    with pointing_to(expired) as (url, asked), device_of(url, tmp_path / "other") as fetch:
+        with pytest.raises(Unavailable, match="answered 403") as problem:
+            fetch()
+        assert len(asked) == 2, "not for ever"
+        assert "Signature" not in str(problem.value)
+
+
+def test_what_s3_says_is_no_bytes_is_unavailable_and_says_when_to_come_again(tmp_path: Path) -> None:
+    for status in (404, 416, 500, 503):
+        with ExitStack() as stack:
+            storage, _ = stack.enter_context(answering(status, b"<Error/>", Retry_After="7"))
+            controller, _ = stack.enter_context(pointing_to(f"{storage}/k?X-Amz-Signature=0123abcd"))
+            fetch = stack.enter_context(device_of(controller, tmp_path))
+            with pytest.raises(Unavailable, match=f"answered {status}") as problem:
+                fetch()
+            assert problem.value.retry_after == 7.0 and "0123abcd" not in str(problem.value)
+
+
+def test_the_watch_ends_a_drip_of_the_other_server_too(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    class Drip(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(SIZE))
+            self.end_headers()
+            for at in range(2000):
+                try:
+                    self.wfile.write(CONTENT[at : at + 1])
+                except OSError:
+                    return
+                if over.wait(0.02):
+                    return
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    impatient = Limits(rate=1000.0, window=0.3, deadline=60.0)
+    with ExitStack() as stack:
+        storage = stack.enter_context(_serving(Drip))
+        controller, _ = stack.enter_context(pointing_to(f"{storage}/k"))
+        fetch = stack.enter_context(device_of(controller, tmp_path, impatient))
+        stack.callback(over.set)
+        with pytest.raises(Unavailable, match=r"slower than 1000 B/s over 0.3 s"):
+            fetch()
+
+
+@pytest.mark.parametrize("wrong", ["flipped", "longer", "shorter", "other"])
+def test_wrong_bytes_in_the_bucket_are_refused_and_the_right_ones_taken_later(
+    plant: Any, s3_server: S3Server, s3_bucket: str, settings: S3Settings, tmp_path: Path, wrong: str
+) -> None:
+    digest, bucket = upload(plant), s3_server.store(s3_bucket)
+    bodies = {
+        "flipped": CONTENT[:999] + bytes([CONTENT[999] ^ 1]) + CONTENT[1000:],
+        "longer": CONTENT + b"x",
+        "shorter": CONTENT[:-1],
+        "other": b"something else",
+    }
+    obstore.put(bucket, held(settings, digest), bodies[wrong])
+    transport, blobs = Transport(plant.url, credential=lambda: plant.token), BlobStore(tmp_path / "blobs")
+    with pytest.raises((DigestMismatch, Unavailable)):
+        blobs.fetch(transport, digest, SIZE, CLOCK)
+    assert not blobs.path(digest).exists()
+    obstore.put(bucket, held(settings, digest), CONTENT)
+    while not blobs.path(digest).exists():
+        with suppress(DigestMismatch):  # what the wrong object had left: it begins anew
+            blobs.fetch(transport, digest, SIZE, CLOCK)
+    assert blobs.read(digest, SIZE) == CONTENT
+    transport.close()
+
+
+def test_an_object_that_changes_in_the_middle_is_never_put_together(
+    plant: Any, link: Link, s3_server: S3Server, s3_bucket: str, settings: S3Settings, tmp_path: Path
+) -> None:
+    digest, bucket = upload(plant), s3_server.store(s3_bucket)
+    transport, blobs = Transport(plant.url, credential=lambda: plant.token), BlobStore(tmp_path / "blobs")
+    obstore.put(bucket, held(settings, digest), bytes(SIZE))
+    link.cut_after = lambda: SIZE // 2
+    with pytest.raises(Unavailable):
+        blobs.fetch(transport, digest, SIZE, CLOCK)
+    link.cut_after = lambda: None
+    obstore.put(bucket, held(settings, digest), CONTENT)  # its entity tag changes with it
+    with pytest.raises(DigestMismatch):
+        blobs.fetch(transport, digest, SIZE, CLOCK)
+    assert blobs.fetch(transport, digest, SIZE, CLOCK).read_bytes() == CONTENT
+    transport.close()
+
+
+def test_no_signature_and_no_key_stands_in_any_log(plant: Any, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG)
+    digest = upload(plant)
+    transport, blobs = Transport(plant.url, credential=lambda: plant.token), BlobStore(tmp_path / "blobs")
+    blobs.fetch(transport, digest, SIZE, CLOCK)
+    assert b"".join(plant.client.artifact(digest)) == CONTENT
+    transport.close()
+    assert "receive_response_headers" in caplog.text, "the libraries have logged"
+    for signed in ("X-Amz-Signature", "X-Amz-Credential", "X-Amz-Date"):
+        assert signed not in caplog.text
+    assert SECRET_KEY not in caplog.text
