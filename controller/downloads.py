@@ -122,8 +122,8 @@ class Downloads:
     def reserve(self, holder: str, size: int) -> None:
         """A slot for a download elsewhere, whose end nobody tells: it ends by itself after `reserved_seconds`.
 
-        Where the holder has as many as it may have, its oldest one ends instead: who asks again has finished
-        or lost it. Raises Busy when the slots are taken by others.
+        Where the holder has as many as it may have, or there is no slot left, its oldest one ends instead: who
+        asks again has finished or lost it. Raises Busy when the slots are taken by others.
         """
         self._admit(holder)
         seconds = reserved_seconds(self.limits, size)
@@ -138,7 +138,7 @@ class Downloads:
         for at in reversed(range(len(self._reserved))):
             if self._reserved[at][1] <= now:
                 self._release(at)
-        if self._open[holder] >= self.limits.per_holder:
+        if self._open[holder] >= self.limits.per_holder or self.open >= self.limits.downloads:
             mine = next((at for at, (who, _) in enumerate(self._reserved) if who == holder), None)
             if mine is not None:
                 self._release(mine)

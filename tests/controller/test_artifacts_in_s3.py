@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
 from edgeward.storage import sha256_hex
 from edgeward.wire.package import Blob
+from tests.controller.test_serving_artifacts import certificate
 from tests.servers.s3 import SECRET_KEY, S3Server
 
 CONTENT = random.Random(5).randbytes(3 << 20)
@@ -149,6 +151,16 @@ def test_a_download_is_sent_to_s3_for_a_short_time_and_only_there(plant: Any) ->
         assert refused.status_code == 401 and "location" not in refused.headers
 
 
+def test_an_object_that_is_gone_is_uploaded_again(
+    plant: Any, s3_server: S3Server, s3_bucket: str, settings: S3Settings
+) -> None:
+    digest = upload(plant)
+    obstore.delete(s3_server.store(s3_bucket), held(settings, digest))
+    assert ask(plant, digest, "HEAD").status_code == 404
+    assert upload(plant) == digest
+    assert httpx.get(ask(plant, digest).headers["location"], trust_env=False).content == CONTENT
+
+
 def test_downloads_that_run_at_s3_are_capped_for_as_long_as_they_should_take(
     start: Any, tmp_path: Path, settings: S3Settings
 ) -> None:
@@ -255,7 +267,9 @@ def pointing_to(*locations: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 @contextmanager
-def answering(status: int, body: bytes = b"", **fields: str) -> Iterator[tuple[str, list[Any]]]:
+def answering(
+    status: int, body: bytes = b"", *, tls: ssl.SSLContext | None = None, **fields: str
+) -> Iterator[tuple[str, list[Any]]]:
     """A storage server that answers like that and records what it was asked."""
     asked: list[Any] = []
 
@@ -271,13 +285,15 @@ def answering(status: int, body: bytes = b"", **fields: str) -> Iterator[tuple[s
 
         def log_message(self, *arguments: Any) -> None: ...
 
-    with _serving(Handler) as url:
+    with _serving(Handler, tls) as url:
         yield url, asked
 
 
 @contextmanager
-def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def _serving(handler: type[BaseHTTPRequestHandler], tls: ssl.SSLContext | None = None) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -313,6 +329,36 @@ def test_the_other_server_sees_neither_token_nor_cookie_and_is_asked_for_the_res
     told = {name.lower() for name in headers}
     assert told == {"host", "accept", "accept-encoding", "connection", "user-agent", "range"}
     assert "token-of-the-device" not in str(headers) and "hidden" not in str(headers)
+
+
+def test_the_other_server_must_have_a_certificate_of_the_systems_cas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crt, key = certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(crt, key)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "no-folder"))
+    with answering(200, CONTENT, tls=context) as (storage, seen):
+        by_name = storage.replace("http://127.0.0.1", "https://localhost")
+        by_address = storage.replace("http://", "https://")
+
+        def fetched(where: str, ca_file: Path | None = None) -> bytes:
+            blobs = BlobStore(tmp_path / "blobs")
+            with pointing_to(f"{where}/k?X-Amz-Signature=0123abcd") as (url, _):
+                transport = Transport(url, credential=lambda: "token-of-the-device", ca_file=ca_file)
+                try:
+                    return blobs.fetch(transport, DIGEST, SIZE, CLOCK).read_bytes()
+                finally:
+                    transport.close()
+
+        for where, ca_file in ((by_name, None), (by_name, crt), (by_address, crt)):
+            with pytest.raises(Unavailable, match="certificate verify failed"):
+                fetched(where, ca_file)  # the controller's own anchor does not speak for another server
+        monkeypatch.setenv("SSL_CERT_FILE", str(crt))
+        with pytest.raises(Unavailable, match="certificate verify failed"):
+            fetched(by_address)
+        assert seen == []
+        assert fetched(by_name) == CONTENT
 
 
 def test_one_redirect_is_followed_and_no_more(tmp_path: Path) -> None:
