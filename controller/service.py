@@ -25,7 +25,7 @@ from controller.store import records, resources
 from controller.store.database import Store
 from controller.store.tables import ApiTokenRow, ReleaseRow
 from edgeward.clock import Clock, SystemClock
-from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.errors import Conflict, EdgewardError, NotFound, TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link, Message
 from edgeward.storage import sha256_hex, write_atomic
@@ -193,11 +193,20 @@ class Controller:
         return parsed, digest
 
     def _adopt_releases(self) -> None:
-        """Make resources for signed targets that lack them: a crash came between metadata and database."""
+        """Make resources for signed targets that lack them: a crash came between metadata and database.
+
+        Raises NotFound when their manifests are gone.
+        """
         if not self.releases.root_text():
             return
         for path, target in self.releases.targets().targets.items():
-            digest, data = self.releases.manifest(target)
+            try:
+                digest, data = self.releases.manifest(target)
+            except NotFound:
+                raise NotFound(
+                    f"the manifest of {path} is not among the artifacts",
+                    hint="copy what the earlier artifact store had to this one: docs/delivery.md, Moving",
+                ) from None
             with self.store.writing() as session:
                 _make_resources(session, decode_manifest(data, source=path), digest, self.clock.now())
 

@@ -123,19 +123,18 @@ def test_copies_are_bounded_and_the_longest_unused_goes_but_not_one_in_use(
     in_s3: Open, tmp_path: Path
 ) -> None:
     store = in_s3(cache_bytes=3 * len(SMALL))
-    contents = [bytes([number]) * len(SMALL) for number in range(5)]
+    contents = [bytes([number]) * len(SMALL) for number in range(6)]
     digests = [store.add(content) for content in contents[:3]]
     held = tmp_path / "s3" / "copies"
     with store.local(digests[0]) as first:
         digests += [store.add(content) for content in contents[3:]]
-        store.local(digests[1])
         assert first.read_bytes() == contents[0], "it is in use"
-        assert {path.name for path in held.iterdir()} == {digests[0], digests[3], digests[4]}
+        assert {path.name for path in held.iterdir()} == {digests[0], digests[4], digests[5]}
     assert [read(store, digest) for digest in digests] == contents
     again = in_s3(cache_bytes=3 * len(SMALL))
     assert len(list(held.iterdir())) == 3
     again.bucket = None  # type: ignore[assignment]  # copies of an earlier run are read without S3
-    assert read(again, digests[4]) == contents[4]
+    assert read(again, digests[5]) == contents[5]
 
 
 def test_what_the_controller_knew_is_looked_up_again_before_an_upload_is_skipped(
@@ -167,7 +166,8 @@ def test_a_store_that_is_away_is_unavailable_and_no_key_is_told(
     refused = S3Artifacts(settings_from(f"s3://{s3_bucket}", environment), tmp_path / "a", SystemClock())
     with pytest.raises(Unavailable, match="SignatureDoesNotMatch") as problem:
         read(refused, sha256_hex(SMALL))
-    assert "not-the-key" not in str(problem.value) and "X-Amz" not in str(problem.value)
+    for unwanted in ("not-the-key", "X-Amz", "RequestId", "Debug source"):
+        assert unwanted not in str(problem.value)
     with pytest.raises(Unavailable):
         refused.add(SMALL)
     nowhere = s3_server.environment | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import random
+import shutil
 import socket
 import ssl
 import struct
@@ -28,7 +29,7 @@ from controller.downloads import Limits as Cap
 from edgeward.client.bundle import export
 from edgeward.client.transport import Transport
 from edgeward.clock import ManualClock, SystemClock
-from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
+from edgeward.errors import DigestMismatch, EdgewardError, NotFound, Unavailable
 from edgeward.storage import sha256_hex
 from edgeward.wire.package import Blob
 from tests.controller.test_serving_artifacts import certificate
@@ -216,6 +217,24 @@ def _wishes_for(plant: Any, ref: Any) -> bool:
         return ref.digest.encode() in base64.b64decode(json.loads(plant.client.desired("d1"))["payload"])
     except EdgewardError:
         return False
+
+
+def test_a_folder_is_moved_into_a_bucket_by_copying_it(
+    start: Any, tmp_path: Path, settings: S3Settings, s3_server: S3Server, s3_bucket: str
+) -> None:
+    with start(tmp_path) as plant:
+        plant.begin()
+        ref = plant.publish(1)
+    shutil.copytree(tmp_path / "data", tmp_path / "too-early" / "data")
+    early = start(tmp_path / "too-early", s3=settings)
+    with pytest.raises(NotFound, match="is not among the artifacts"), early:
+        pass
+    folder = tmp_path / "data" / "artifacts"
+    for path in folder.glob("??/*"):
+        key = f"{settings.prefix}{path.relative_to(folder)}"
+        obstore.put(s3_server.store(s3_bucket), key, path.read_bytes())
+    with start(tmp_path, s3=settings) as plant:
+        assert sha256_hex(b"".join(plant.client.artifact(ref.digest))) == ref.digest
 
 
 # the agent
