@@ -89,6 +89,16 @@ def up(data: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]
     )  # fmt: skip
 
 
+def refusal(process: subprocess.Popen[str]) -> str:
+    """What it says when it ends without having served."""
+    assert process.stdout is not None
+    if served := process.stdout.readline():
+        process.terminate()
+    _, errors = process.communicate()
+    assert (served, process.returncode) == ("", 1), errors
+    return errors
+
+
 def test_the_command_serves_from_s3_with_keys_in_a_private_file(
     s3_server: S3Server, s3_bucket: str, tmp_path: Path
 ) -> None:
@@ -109,14 +119,12 @@ def test_the_command_serves_from_s3_with_keys_in_a_private_file(
     assert process.returncode == 0 and SECRET_KEY not in errors and SECRET_KEY not in command_line
     file.chmod(0o644)
     refused = up(tmp_path / "data", *options, **where)
-    assert "others may read these credentials" in refused.communicate()[1]
-    assert refused.returncode == 1
+    assert "others may read these credentials" in refusal(refused)
 
 
 def test_the_command_refuses_a_bucket_without_conditions(tmp_path: Path) -> None:
     with lax_s3.serving(frozenset({"signed", "ranges"})) as (endpoint, _):
         process = up(tmp_path / "data", "--artifacts", "s3://models", AWS_ENDPOINT_URL_S3=endpoint, **KEYS)
-        out, errors = process.communicate()
-    assert process.returncode == 1 and "ready" not in out
+        errors = refusal(process)
     assert "released models could be overwritten" in errors and "leave --artifacts out" in errors
     assert "Traceback" not in errors and SECRET_KEY not in errors
