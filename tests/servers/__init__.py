@@ -1,1 +1,0 @@
-"""Real servers for tests, each a process of its own with ports of its own."""

