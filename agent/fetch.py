@@ -193,7 +193,10 @@ class BlobStore:
                 f"artifact {digest[:16]}", origin.limits or self._limits, clock, self.pace, local=origin.local
             ) as watch,
             transport.stream(
-                f"{origin.path}/{digest}", headers=headers, connected=watch.connected
+                f"{origin.path}/{digest}",
+                headers=headers,
+                connected=watch.connected,
+                elsewhere=not origin.exact,
             ) as response,
         ):
             if origin.exact:
@@ -245,9 +248,12 @@ class Watch:
 
     def connected(self, connection: socket.socket) -> None:
         # A descriptor of our own: the client may close, and the system hand out again, the other at any time.
+        before = self._connection
         self._connection = socket.fromfd(connection.fileno(), connection.family, connection.type)
         if self._pace is not None and not self._local:
             self._pace.narrow(self._connection)
+        if before is not None:  # the controller's, which pointed elsewhere
+            before.close()
         if self.problem:
             self.cut(self.problem)
 

@@ -19,7 +19,7 @@ from agent.slots.slots import Slots
 from agent.state import State
 from agent.trusted_clock import TrustedClock
 from agent.verify import Verifier
-from controller.registry import Artifacts
+from controller.artifacts import FolderArtifacts
 from controller.releases import Releases
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock, SystemClock
@@ -40,7 +40,7 @@ class Releaser:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.down = False
-        self._artifacts = Artifacts(folder / "artifacts")
+        self._artifacts = FolderArtifacts(folder / "artifacts")
         self._releases = Releases(folder / "tuf", folder / "keys", self._artifacts, SystemClock())
         self._tool = ReleaseTool()
         self.root = self._tool.root(self._releases.online_keys())
