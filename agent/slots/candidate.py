@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Unpack
 
 from agent import delta
+from agent.attempts import Attempts, Risk
 from agent.fetch import NoRoom
-from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step
+from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, TABLE, Details, Event, SlotState, Verdict, due, step
 from agent.slots.activation import Activation, Opened, Refused
 from agent.slots.active import make_active
 from agent.slots.board import Board
+from agent.slots.boot import test_key
 from agent.slots.disk import Disk
 from agent.slots.records import recorded
 from agent.state import SlotRecord, State
 from agent.verify import Verifier
-from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable
+from edgeward.errors import DigestMismatch, PackageError, RuntimeFault, TrustError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Candidates:
         activation: Activation,
         disk: Disk,
         problem: Callable[[str, Opened], str],
+        attempts: Attempts,
     ) -> None:
         """`problem` says why a tested model must not enter a slot after all."""
         self._board = board
@@ -48,6 +52,7 @@ class Candidates:
         self._activation = activation
         self._disk = disk
         self._problem = problem
+        self._attempts = attempts
 
     def next_due(self) -> tuple[str, SlotState] | None:
         """A candidate that may try now; with the board's lock held."""
@@ -62,10 +67,14 @@ class Candidates:
         walk = Walk(self._board, name, candidate)
         try:
             self._try(walk)
-        except (EdgewardError, OSError, sqlite3.Error) as error:
+        except Replaced:
+            raise
+        except Exception as error:
             # A full disk, for example, wherever it was noticed: what runs goes on, and this is tried again.
             log.exception("slot %s: %s", name, error)
-            patience = RETRY_MAX if isinstance(error, EdgewardError) else DISK_RETRY_MAX
+            if (walk.state.phase, Event.UNAVAILABLE) not in TABLE:
+                return  # it has come to its end, only something behind it failed
+            patience = DISK_RETRY_MAX if isinstance(error, OSError | sqlite3.Error) else RETRY_MAX
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error), patience=patience)
 
     def _try(self, walk: Walk) -> None:
@@ -78,11 +87,12 @@ class Candidates:
             self._activation.verify(target, manifest, policy)
             walk.to(Event.VERIFIED)
             walk.to(Event.TESTING)
-            opened = self._activation.open(target, manifest, policy, walk.check)
-            if problem := self._problem(name, opened):
-                opened.runner.stop()
-                raise Refused(MISMATCH, problem, table=opened.table)
-            self._activate(walk, opened)
+            with self._attempt(target.digest):
+                opened = self._activation.open(target, manifest, policy, walk.check)
+                if problem := self._problem(name, opened):
+                    opened.runner.stop()
+                    raise Refused(MISMATCH, problem, table=opened.table)
+                self._activate(walk, opened)
         except NoRoom as error:
             walk.to(
                 Event.UNAVAILABLE,
@@ -103,6 +113,21 @@ class Candidates:
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
         except (PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
+
+    @contextmanager
+    def _attempt(self, digest: str) -> Iterator[None]:
+        """Its code is run for the first time: if the agent does not survive that, its successor will know why."""
+        key = test_key(digest)
+        self._attempts.begin(key, digest, Risk.TESTING)
+        try:
+            yield
+        except Replaced:
+            self._attempts.leave(key)
+            raise
+        except BaseException:
+            self._attempts.end(key)
+            raise
+        self._attempts.end(key)
 
     def _activate(self, walk: Walk, opened: Opened) -> None:
         """Durable first, then visible; the old worker ends after its last call has returned."""

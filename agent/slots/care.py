@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from dataclasses import replace
 
 from agent import lifecycle
@@ -74,7 +73,7 @@ class Care:
             try:
                 self._give_way(name, model, breach)
                 self._again_at.pop(name, None)
-            except (EdgewardError, OSError, sqlite3.Error) as error:
+            except Exception as error:
                 # The disk, most likely: each try loads the predecessor.
                 self._again_at[name] = now + DISK_RETRY_MAX
                 log.exception("slot %s: %s cannot give way yet: %s", name, runner_name(model.ref), error)
@@ -113,6 +112,8 @@ class Care:
             self._board.tables[name] = opened.table
             self._board.looping.pop(name, None)
             self._board.alone.pop(name, None)
+        # Also where a newer wish makes it no step of the slot's: servers must let go of the other worker now.
+        self._board.changed()
         self._tell(name, model.ref, Event.ROLLED_BACK, breach)
         log.warning("slot %s: %s runs again", name, runner_name(back.running))
         model.runner.stop()
