@@ -64,7 +64,7 @@ class Attempt(msgspec.Struct, frozen=True):
         return float(self.reboots), float(REBOOTS)
 
     def why(self, what: str) -> str:
-        who = "agent" if self.deaths >= DEATHS else "machine"
+        who = "machine" if self.reboots >= REBOOTS > 0 and self.deaths < DEATHS else "agent"
         return f"the {who} went down {self.figures()[0]:.0f} times in a row {what}"
 
 

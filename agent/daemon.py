@@ -14,7 +14,8 @@ import psutil
 
 import edgeward
 from agent import inventory
-from agent.desired import check
+from agent.applying import Applying
+from agent.attempts import Attempts
 from agent.fetch import BlobStore
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
@@ -34,11 +35,10 @@ from agent.trusted_clock import TrustedClock
 from agent.uplink import Uplink
 from agent.verify import Verifier
 from edgeward.clock import Clock
-from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.errors import Conflict, EdgewardError
 from edgeward.mqtt import Broker, Link, Message, Will
-from edgeward.trust import dsse
 from edgeward.wire import topics
-from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.desired import DesiredState
 from edgeward.wire.envelope import seal
 from edgeward.wire.reports import OutboxReport, Report, Reported, Status
 from edgeward.wire.topics import LANES
@@ -78,6 +78,7 @@ class Daemon:
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
         self._boot = self.state.next_boot()
+        attempts = Attempts(self.state)
         self._n = 0
         self._number = threading.Lock()
         self._inventory = inventory.find(folder)
@@ -110,6 +111,15 @@ class Daemon:
             self._changed,
             setup,
             lambda slot, opened: self.streams.problem(slot, opened),
+            attempts,
+        )
+        self._applying = Applying(
+            self.state,
+            attempts,
+            self.name,
+            lambda: self.identity.enrollment.trust.desired_keys,
+            self._apply,
+            clock,
         )
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
@@ -159,7 +169,7 @@ class Daemon:
             self.engine.stop()
             raise
         self._catalog.refresh()
-        self._apply_stored()
+        self._applying.restore()
         self._take_import()
         self._catalog.settle()
         self.uplink.start()
@@ -172,24 +182,28 @@ class Daemon:
                 self._wake.wait(0.25)
                 self._wake.clear()
                 now = self._clock.monotonic()
-                while not self._offers.empty():
-                    self._offer(self._offers.get())
-                if renewed.is_set():
-                    renewed.clear()
-                    self._on_connect()
-                if self._reported_due.is_set() and self.link.connected:
-                    self._reported_due.clear()
-                    self._send_reported()
-                if now - last_report >= self._interval and self.link.connected:
-                    self._send_report(now - last_report)
-                    last_report = now
-                if not self.link.connected and now - last_poll >= POLL_SECONDS:
-                    last_poll = now
-                    self._poll_desired()
-                if now - last_import >= IMPORT_SECONDS:
-                    last_import = now
-                    self._take_import()
+                try:
+                    if renewed.is_set():
+                        renewed.clear()
+                        self._on_connect()
+                    self._take_offers()
+                    if self._reported_due.is_set() and self.link.connected:
+                        self._reported_due.clear()
+                        self._send_reported()
+                    if now - last_report >= self._interval and self.link.connected:
+                        since, last_report = now - last_report, now
+                        self._send_report(since)
+                    if not self.link.connected and now - last_poll >= POLL_SECONDS:
+                        last_poll = now
+                        self._poll_desired()
+                    if now - last_import >= IMPORT_SECONDS:
+                        last_import = now
+                        self._take_import()
+                except Exception:
+                    # A full disk, or a bug over one of these: the others, and what runs, must go on.
+                    log.exception("the daemon's turn failed")
         finally:
+            self._applying.stop()
             self.streams.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
             if self._server is not None:
@@ -203,27 +217,16 @@ class Daemon:
 
     # desired state
 
-    def _apply_stored(self) -> None:
-        """What was accepted before goes on after a restart, without a network and whatever its expiry."""
-        raw = self.state.desired()
-        if raw is not None:
-            keys = self.identity.enrollment.trust.desired_keys
-            try:
-                self._apply(dsse.verify(raw, PAYLOAD_TYPE, keys, DesiredState))
-            except TrustError as error:
-                log.error("the stored desired state is damaged, waiting for a new one: %s", error)
+    def _take_offers(self) -> None:
+        while not self._offers.empty():
+            self._offer(self._offers.get())
+        before = self._applying.conditions()
+        self._applying.look()
+        if self._applying.conditions() != before:
+            self._changed()
 
     def _offer(self, raw: bytes) -> None:
-        try:
-            trust = self.identity.enrollment.trust
-            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock)
-        except TrustError as error:
-            log.warning("refused desired state: %s", error)
-            return
-        if desired is not None:
-            self.state.accept_desired(desired.generation, raw)
-            log.info("desired generation %d", desired.generation)
-            self._apply(desired)
+        self._applying.offer(raw)
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
@@ -306,7 +309,7 @@ class Daemon:
             *self._next(),
             self.state.generation(),
             self.slots.report(),
-            conditions=self.slots.conditions(),
+            conditions=[*self._applying.conditions(), *self.slots.conditions()],
             quarantined=list(self.state.quarantined()),
         )
         topic = topics.reported(self.name)
