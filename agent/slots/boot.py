@@ -23,7 +23,7 @@ _TESTS = "test/"
 _SLOTS = "slot/"
 
 
-def test_key(digest: str) -> str:
+def candidate_key(digest: str) -> str:
     return f"{_TESTS}{digest}"
 
 

@@ -15,7 +15,7 @@ from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, TABLE, Details, Event, Sl
 from agent.slots.activation import Activation, Opened, Refused
 from agent.slots.active import make_active
 from agent.slots.board import Board
-from agent.slots.boot import test_key
+from agent.slots.boot import candidate_key
 from agent.slots.disk import Disk
 from agent.slots.records import recorded
 from agent.state import SlotRecord, State
@@ -117,7 +117,7 @@ class Candidates:
     @contextmanager
     def _attempt(self, digest: str) -> Iterator[None]:
         """Its code is run for the first time: if the agent does not survive that, its successor will know why."""
-        key = test_key(digest)
+        key = candidate_key(digest)
         self._attempts.begin(key, digest, Risk.TESTING)
         try:
             yield
