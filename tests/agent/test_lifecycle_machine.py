@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
+from hypothesis import Phase as HypothesisPhase
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,10 +28,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agent import attempts
+from agent import attempts, lifecycle
 from agent.attempts import Risk
 from agent.fetch import NoRoom
 from agent.lifecycle import TABLE, SlotState
+from agent.slots import candidate
 from agent.slots.activation import Setup
 from agent.slots.boot import candidate_key
 from agent.slots.slots import Slots
@@ -379,3 +383,29 @@ class Machine(RuleBasedStateMachine):
 
 def test_whatever_happens_one_verified_model_runs() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=200, stateful_step_count=30))
+
+
+@pytest.mark.parametrize("bug", ["tries again", "forgets the predecessor", "writes half a roll-back"])
+def test_it_finds_what_was_broken_on_purpose(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if bug == "tries again":
+        wish = lifecycle.wish
+        monkeypatch.setattr(lifecycle, "wish", lambda target, _, *more: wish(target, {}, *more))
+    elif bug == "forgets the predecessor":
+        made = candidate.recorded
+        monkeypatch.setattr(
+            candidate,
+            "recorded",
+            lambda before, *more: msgspec.structs.replace(made(before, *more), previous=before.running),
+        )
+    else:
+        monkeypatch.setattr(
+            State, "roll_back", lambda self, name, record, digest, verdict: self.quarantine(digest, verdict)
+        )
+    first_found = settings(
+        max_examples=200,
+        stateful_step_count=30,
+        phases=[HypothesisPhase.generate],
+        report_multiple_bugs=False,
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Machine, settings=first_found)
