@@ -15,7 +15,8 @@ import psutil
 
 import edgeward
 from agent import inventory
-from agent.desired import check
+from agent.applying import Applying
+from agent.attempts import Attempts
 from agent.fetch import BlobStore
 from agent.holds import Holds
 from agent.identity import Identity, require_enrolled
@@ -40,11 +41,10 @@ from agent.trusted_clock import TrustedClock
 from agent.uplink import Uplink
 from agent.verify import Verifier
 from edgeward.clock import Clock
-from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.errors import Conflict, EdgewardError
 from edgeward.mqtt import Broker, Link, Message, Will
-from edgeward.trust import dsse
 from edgeward.wire import topics
-from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.desired import DesiredState
 from edgeward.wire.envelope import seal
 from edgeward.wire.reports import OutboxReport, Report, Reported, Status
 from edgeward.wire.topics import LANES
@@ -54,7 +54,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 IMPORT_SECONDS = 1.0
 #: How often a desired state is offered again that the disk did not take, and how many of them are remembered.
-KEEP_SECONDS, MOST_UNKEPT = 5.0, 8
 
 
 class Daemon:
@@ -88,14 +87,13 @@ class Daemon:
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
         self._boot = self.state.next_boot()
+        attempts = Attempts(self.state)
         self._n = 0
         self._number = threading.Lock()
         self._shadows = self.state.shadow_reports()
         self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
-        #: Desired states that the disk did not take, in the order of their coming.
-        self._unkept: list[bytes] = []
         self._reported_due = threading.Event()
         trust = self.identity.enrollment.trust
         pace = Pace(clock)
@@ -142,7 +140,16 @@ class Daemon:
             self._changed,
             setup,
             lambda slot, opened: self.streams.problem(slot, opened),
+            attempts,
             Gate(clock.moment, Holds(folder), pace),
+        )
+        self._applying = Applying(
+            self.state,
+            attempts,
+            self.name,
+            lambda: self.identity.enrollment.trust.desired_keys,
+            self._apply,
+            clock,
         )
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
@@ -194,42 +201,41 @@ class Daemon:
             self.engine.stop()
             raise
         self._catalog.refresh()
-        self._apply_stored()
+        self._applying.restore()
         self._take_import()
         self._catalog.settle()
         self.uplink.start()
         self.link.start()
         threading.Thread(target=self.identity.keep_fresh, args=(stop, renewed), daemon=True).start()
         give_back_memory()
-        last_report = last_poll = last_import = last_keep = self._clock.monotonic()
+        last_report = last_poll = last_import = self._clock.monotonic()
         try:
             while not stop.is_set():
                 self._wake.wait(0.25)
                 self._wake.clear()
                 now = self._clock.monotonic()
-                while not self._offers.empty():
-                    self._offer(self._offers.get())
-                if renewed.is_set():
-                    renewed.clear()
-                    self._on_connect()
-                if self._reported_due.is_set() and self.link.connected:
-                    self._reported_due.clear()
-                    self._send_reported()
-                if now - last_report >= self._interval and self.link.connected:
-                    self._send_report(now - last_report)
-                    last_report = now
-                if not self.link.connected and now - last_poll >= POLL_SECONDS:
-                    last_poll = now
-                    self._poll_desired()
-                if self._unkept and now - last_keep >= KEEP_SECONDS:
-                    last_keep = now
-                    again, self._unkept = self._unkept, []
-                    for raw in again:
-                        self._offer(raw)
-                if now - last_import >= IMPORT_SECONDS:
-                    last_import = now
-                    self._take_import()
+                try:
+                    if renewed.is_set():
+                        renewed.clear()
+                        self._on_connect()
+                    self._take_offers()
+                    if self._reported_due.is_set() and self.link.connected:
+                        self._reported_due.clear()
+                        self._send_reported()
+                    if now - last_report >= self._interval and self.link.connected:
+                        since, last_report = now - last_report, now
+                        self._send_report(since)
+                    if not self.link.connected and now - last_poll >= POLL_SECONDS:
+                        last_poll = now
+                        self._poll_desired()
+                    if now - last_import >= IMPORT_SECONDS:
+                        last_import = now
+                        self._take_import()
+                except Exception:
+                    # A full disk, or a bug over one of these: the others, and what runs, must go on.
+                    log.exception("the daemon's turn failed")
         finally:
+            self._applying.stop()
             self.streams.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
             if self._server is not None:
@@ -245,33 +251,16 @@ class Daemon:
 
     # desired state
 
-    def _apply_stored(self) -> None:
-        """What was accepted before goes on after a restart, without a network and whatever its expiry."""
-        raw = self.state.desired()
-        if raw is not None:
-            keys = self.identity.enrollment.trust.desired_keys
-            try:
-                self._apply(dsse.verify(raw, PAYLOAD_TYPE, keys, DesiredState))
-            except TrustError as error:
-                log.error("the stored desired state is damaged, waiting for a new one: %s", error)
+    def _take_offers(self) -> None:
+        while not self._offers.empty():
+            self._offer(self._offers.get())
+        before = self._applying.conditions()
+        self._applying.look()
+        if self._applying.conditions() != before:
+            self._changed()
 
     def _offer(self, raw: bytes) -> None:
-        try:
-            trust = self.identity.enrollment.trust
-            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock)
-            if desired is not None:
-                self.state.accept_desired(desired.generation, raw)
-        except TrustError as error:
-            log.warning("refused desired state: %s", error)
-            return
-        except sqlite3.Error as error:
-            # Not applied: what is not durable would be forgotten by a restart, and its generation accepted twice.
-            log.warning("the desired state cannot be kept, again in %g s: %s", KEEP_SECONDS, error)
-            self._unkept = [*self._unkept, raw][-MOST_UNKEPT:]
-            return
-        if desired is not None:
-            log.info("desired generation %d", desired.generation)
-            self._apply(desired)
+        self._applying.offer(raw)
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
@@ -302,7 +291,7 @@ class Daemon:
                 # The same generation may have come by MQTT before, without a way to its models.
                 self.slots.retry()
                 self._imports.drop(found.number - 1)
-            elif not self._unkept and self.slots.settled():
+            elif not self._applying.unkept and self.slots.settled():
                 self._imports.drop(found.number)
                 self._imported = 0  # the next one's number begins anew
         except OSError as error:
@@ -362,7 +351,7 @@ class Daemon:
             *self._next(),
             self.state.generation(),
             slots,
-            conditions=self.slots.conditions(),
+            conditions=[*self._applying.conditions(), *self.slots.conditions()],
             quarantined=list(self.state.quarantined()),
             holds=self.slots.holds(),
         )

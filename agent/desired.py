@@ -1,4 +1,4 @@
-"""May this desired state be applied?"""
+"""May this desired state be applied? Pure, but for what the clock learns."""
 
 from __future__ import annotations
 
@@ -27,4 +27,17 @@ def check(
         raise TrustError(f"desired state of generation {desired.generation} is older than {generation}")
     if clock.now() > desired.expires_at:
         raise TrustError(f"desired state of generation {desired.generation} has expired")
+    return desired
+
+
+def stored(raw: bytes, trusted_keys: list[str], name: DeviceName, generation: int) -> DesiredState:
+    """The desired state that was accepted before, whatever its expiry, as this device's disk gave it back.
+
+    Raises TrustError when that is not what was accepted as `generation`.
+    """
+    desired = dsse.verify(raw, PAYLOAD_TYPE, trusted_keys, DesiredState)
+    if (desired.site, desired.device) != name:
+        raise TrustError(f"desired state is for {desired.site}/{desired.device}, this is {name}")
+    if desired.generation != generation:
+        raise TrustError(f"desired state is of generation {desired.generation}, accepted was {generation}")
     return desired

@@ -9,13 +9,14 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from agent.attempts import Attempt
 from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import ShadowReport, StreamReport, VariantMeasure
@@ -28,6 +29,7 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITH
 CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS verdict (digest TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS measurement (key TEXT PRIMARY KEY, value BLOB NOT NULL, at REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempt (key TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trend (stream TEXT, n INTEGER, change BLOB NOT NULL, PRIMARY KEY (stream, n)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lane (name TEXT PRIMARY KEY, next_seq INTEGER, acked INTEGER) WITHOUT ROWID;
@@ -255,6 +257,28 @@ class State:
                 "DELETE FROM measurement WHERE key NOT IN (SELECT key FROM measurement ORDER BY at DESC LIMIT ?)",
                 (MEASUREMENTS_KEPT,),
             )
+
+    # attempts
+
+    def attempts(self) -> dict[str, Attempt]:
+        """What was begun and has not come to its end, without what another version of the agent wrote."""
+        with self._lock:
+            rows = self._db.execute("SELECT key, record FROM attempt").fetchall()
+        found = {}
+        for key, record in rows:
+            try:
+                found[key] = msgspec.msgpack.decode(record, type=Attempt)
+            except msgspec.DecodeError:
+                continue
+        return found
+
+    def set_attempts(self, changes: Mapping[str, Attempt | None]) -> None:
+        with self.transaction():
+            for key, attempt in changes.items():
+                if attempt is None:
+                    self._db.execute("DELETE FROM attempt WHERE key=?", (key,))
+                else:
+                    self._db.execute("INSERT OR REPLACE INTO attempt VALUES (?,?)", (key, _encode(attempt)))
 
     # sources
 

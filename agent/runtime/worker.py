@@ -437,7 +437,10 @@ class Worker:
     def _check_memory(self) -> None:
         ceiling, used = self._policy.memory_bytes, self.resident_bytes()
         if ceiling is None or used <= ceiling:
-            self._recycling = False
+            if self._recycling:
+                # It has given back what a request took; what came meanwhile waits for nothing else.
+                self._recycling = False
+                self._pump()
             return
         if self._in_flight:
             self._recycling = True  # what runs may end; nothing new begins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,8 @@ from agent.state import SlotRecord
 from edgeward.clock import Clock
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import Phase, ShadowReport, SlotReport, VariantMeasure
+
+log = logging.getLogger(__name__)
 
 #: What is wished for runs.
 RUNNING = (Phase.ACTIVE, Phase.DEGRADED)
@@ -32,7 +35,7 @@ class Board:
     def __init__(self, records: Mapping[str, SlotRecord], clock: Clock, changed: Callable[[], None]) -> None:
         self.lock = threading.Condition()
         self.clock = clock
-        self.changed = changed
+        self._changed = changed
         self.records = dict(records)
         self.candidates: dict[str, SlotState] = {}
         self.active: dict[str, ActiveModel] = {}
@@ -42,6 +45,13 @@ class Board:
         self.shadows: dict[str, ShadowReport] = {}
         self.untidy = False
         self.stop = False
+
+    def changed(self) -> None:
+        """Tell it, without the lock. Never raises: what somebody makes of a change is no part of it."""
+        try:
+            self._changed()
+        except Exception:
+            log.exception("telling that the slots have changed")
 
     def report(self) -> dict[str, SlotReport]:
         with self.lock:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from agent import delta
+from agent.attempts import Attempts, Risk
 from agent.fetch import NoRoom
-from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Event, SlotState, Verdict, due, waits
+from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, TABLE, Event, SlotState, Verdict, due, waits
 from agent.pace import Paused
 from agent.slots.activation import Activation, Opened, Refused
 from agent.slots.active import make_active
 from agent.slots.board import BESIDE, Board
+from agent.slots.boot import candidate_key
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate, MustStay, Stay
 from agent.slots.heat import hottest
@@ -47,6 +50,7 @@ class Candidates:
         disk: Disk,
         gate: Gate,
         problem: Callable[[str, Opened], str],
+        attempts: Attempts,
         temperature: Callable[[], float | None] = hottest,
     ) -> None:
         """`problem` says why a tested model must not enter a slot after all, `temperature` how hot the device is."""
@@ -59,6 +63,7 @@ class Candidates:
         self._problem = problem
         self._holds = gate.holds()
         self._shadows = Shadows(board, activation, temperature)
+        self._attempts = attempts
 
     def next_due(self) -> tuple[str, SlotState] | None:
         """A candidate that may try now; with the board's lock held."""
@@ -101,10 +106,14 @@ class Candidates:
         name = walk.name
         try:
             self._try(walk, work)
-        except (EdgewardError, OSError, sqlite3.Error) as error:
+        except Replaced:
+            raise
+        except Exception as error:
             # A full disk, for example, wherever it was noticed: what runs goes on, and this is tried again.
             log.exception("slot %s: %s", name, error)
-            patience = RETRY_MAX if isinstance(error, EdgewardError) else DISK_RETRY_MAX
+            if (walk.state.phase, Event.UNAVAILABLE) not in TABLE:
+                return  # it has come to its end, only something behind it failed
+            patience = DISK_RETRY_MAX if isinstance(error, OSError | sqlite3.Error) else RETRY_MAX
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error), patience=patience)
 
     def _walk(self, walk: Walk) -> None:
@@ -125,14 +134,15 @@ class Candidates:
         walk.to(Event.TESTING)
         if manifest is None:
             manifest = self._verifier.reopen_manifest(target)
-        opened = self._activation.open(target, manifest, policy, walk.check)
-        if problem := self._problem(slot, opened):
-            opened.runner.stop()
-            raise Refused(MISMATCH, problem, table=opened.table)
-        if self._shadows.wanted(walk):
-            self._shadows.begin(walk, opened)
-        else:
-            self._activate(walk, opened)
+        with self._attempt(target.digest):
+            opened = self._activation.open(target, manifest, policy, walk.check)
+            if problem := self._problem(slot, opened):
+                opened.runner.stop()
+                raise Refused(MISMATCH, problem, table=opened.table)
+            if self._shadows.wanted(walk):
+                self._shadows.begin(walk, opened)
+            else:
+                self._activate(walk, opened)
 
     def look_after(self) -> None:
         """Let candidates that run without acting go on to act, or end."""
@@ -149,8 +159,9 @@ class Candidates:
 
     def _enter(self, run: Run, finding: Finding) -> None:
         self._shadows.passed(run.walk)
-        opened = self._activation.acting(run.opened, run.walk.state.policy)
-        self._activate(run.walk, opened, finding)
+        with self._attempt(run.walk.state.target.digest):
+            opened = self._activation.acting(run.opened, run.walk.state.policy)
+            self._activate(run.walk, opened, finding)
 
     def _end(self, run: Run, finding: Finding) -> None:
         raise Refused(
@@ -194,6 +205,21 @@ class Candidates:
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error))
         except (PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
+
+    @contextmanager
+    def _attempt(self, digest: str) -> Iterator[None]:
+        """Its code is run for the first time: if the agent does not survive that, its successor will know why."""
+        key = candidate_key(digest)
+        self._attempts.begin(key, digest, Risk.TESTING)
+        try:
+            yield
+        except Replaced:
+            self._attempts.leave(key)
+            raise
+        except BaseException:
+            self._attempts.end(key)
+            raise
+        self._attempts.end(key)
 
     def _stay_before(self, walk: Walk) -> Stay | None:
         """What keeps the walk from going on to its self-test; hours do not where it would not act yet."""

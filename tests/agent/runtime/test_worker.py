@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -265,6 +266,29 @@ def test_a_worker_above_its_memory_ceiling_is_replaced_between_requests(engine: 
     load.stop()
     assert load.failures == []
     until(lambda: 0 < worker.resident_bytes() < limit)
+
+
+def test_a_worker_that_gives_back_what_a_request_took_goes_on(engine: Engine) -> None:
+    """Above its ceiling during a request, below it after: what came meanwhile must not wait for ever."""
+    worker = opened(engine, doubler(), SlotPolicy(memory_bytes=4 << 30))
+    answers: list[Any] = []
+    answered = threading.Event()
+
+    def done(result: Any, timing: Timing) -> None:
+        answers.append(result)
+        answered.set()
+
+    async def between_two_looks() -> None:
+        worker._recycling = True
+        worker.submit(to_tensors({"x": np.ones((1, 2), np.float32)}), done)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(worker._backlog) == 1
+        worker._check_memory()
+
+    engine.call(between_two_looks())
+    assert answered.wait(60) and not isinstance(answers[0], EdgewardError)
+    assert worker.restarts == 0
 
 
 def test_a_request_that_would_outgrow_the_ceiling_is_refused_and_the_worker_stays(engine: Engine) -> None:
