@@ -139,8 +139,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
+    from agent.outbox_status import status as outbox_status
     from agent.state import State
-    from edgeward.wire.topics import LANES
 
     path = folder / "state.db"
     if not path.exists():
@@ -151,19 +151,12 @@ def status(
         facts = {
             "generation": state.generation(),
             "timeFloor": state.time_floor(),
-            "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
             "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
-            "outbox": {
-                lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
-                for lane in LANES
-            },
-            "sources": {
-                topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
-            },
+            **outbox_status(folder / "outbox.db"),
         }
     finally:
         state.close()
@@ -178,8 +171,9 @@ def status(
             out.print(f"  {variant_line(row)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
-    for lane, numbers in dict(facts["outbox"]).items():  # type: ignore[call-overload]  # a mapping of mappings
-        out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
+    for lane, numbers in dict(facts["outbox"]).items():
+        lost = f", {numbers['lost']} were lost" if numbers["lost"] else ""
+        out.print(f"outbox {lane}: {numbers['rows']} rows wait ({numbers['bytes'] / 1e6:.1f} MB){lost}")
 
 
 def import_(

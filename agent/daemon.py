@@ -15,11 +15,12 @@ import psutil
 import edgeward
 from agent import inventory
 from agent.activation import Setup
-from agent.desired import check
+from agent.desired import check, outbox_policies
 from agent.fetch import BlobStore
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
 from agent.measure import machine_key
+from agent.outbox import Outbox
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
@@ -40,7 +41,7 @@ from edgeward.trust import dsse
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
 from edgeward.wire.envelope import seal
-from edgeward.wire.reports import OutboxReport, Report, Reported, Status
+from edgeward.wire.reports import LaneReport, OutboxReport, Report, Reported, Status
 from edgeward.wire.topics import LANES
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Daemon:
         require_enrolled(folder)
         self.state = State(folder / "state.db")
         self._clock = clock = TrustedClock(machine_clock, self.state)
+        self.outbox = Outbox(folder / "outbox.db", clock, older=folder / "state.db")
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
         self._boot = self.state.next_boot()
@@ -125,7 +127,7 @@ class Daemon:
             max_reconnect_delay=10.0,
         )
         self.uplink = Uplink(
-            self.state,
+            self.outbox,
             self.name,
             self.identity.anchor,
             self.identity.signer,
@@ -136,7 +138,7 @@ class Daemon:
         self._local = LocalLink(self.link.subscribe, self.link.unsubscribe, self.link.publish)
         self.streams = Streams(
             self.name,
-            self.state,
+            self.outbox,
             clock,
             self.slots.active,
             self._local,
@@ -198,6 +200,7 @@ class Daemon:
             self.link.stop()
             self.slots.stop()
             self.engine.stop()
+            self.outbox.close()
             self.state.close()
             os.close(self._lock_file)
 
@@ -227,6 +230,7 @@ class Daemon:
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
+        self.outbox.keep(outbox_policies(desired))
         # The streams first: a new model is held against those that it will get.
         self.streams.apply(desired.streams)
         self.slots.wish(desired.slots)
@@ -296,7 +300,7 @@ class Daemon:
     def _status(self, state: str) -> bytes:
         boot, n, at = self._next()
         status = Status(
-            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.state.epoch,
+            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.outbox.epoch,
             self._inventory,
         )  # fmt: skip
         return self._seal(status, self._status_topic)
@@ -313,8 +317,8 @@ class Daemon:
         self.link.publish(topic, self._seal(reported, topic), retain=True)
 
     def _send_report(self, seconds: float) -> None:
-        rows, size = self.state.outbox_size()
-        acked = sum(self.state.lane(lane).floor for lane in LANES)
+        sizes = self.outbox.sizes()
+        acked = sum(self.outbox.lane(lane).floor for lane in LANES)
         boot, n, now = self._next()
         streams = self.streams.report()
         self.state.set_stream_reports(now, streams)
@@ -324,7 +328,13 @@ class Daemon:
             now,
             seconds,
             streams,
-            OutboxReport(rows, size, acked, 0),
+            OutboxReport(
+                sum(size.rows for size in sizes.values()),
+                sum(size.bytes for size in sizes.values()),
+                acked,
+                sum(size.lost for size in sizes.values()),
+                {lane: LaneReport(size.rows, size.bytes, size.lost) for lane, size in sizes.items()},
+            ),
             psutil.Process().memory_info().rss,
         )
         topic = topics.report(self.name)

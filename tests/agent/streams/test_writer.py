@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from agent.state import State
+from agent.outbox import Outbox
 from agent.streams import writer as module
 from agent.streams.writer import Writer
+from edgeward.clock import ManualClock
 from edgeward.errors import Unavailable
 from edgeward.wire.rows import ResultRow, Row
 from edgeward.wire.topics import Lane
@@ -20,11 +21,11 @@ from edgeward.wire.topics import Lane
 WAIT = 30.0
 
 
-class Disk(State):
+class Disk(Outbox):
     """A real outbox whose commits can be made to wait or to fail; `entered` counts those that began."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, ManualClock())
         self.entered = threading.Semaphore(0)
         self.open = threading.Event()
         self.open.set()
@@ -42,7 +43,7 @@ class Disk(State):
 
 class Rig:
     def __init__(self, folder: Path) -> None:
-        self.disk = Disk(folder / "state.db")
+        self.disk = Disk(folder / "outbox.db")
         self.stop = threading.Event()
         self.positions: list[tuple[str, int] | None] = []
         self.refused = threading.Semaphore(0)
