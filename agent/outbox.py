@@ -27,7 +27,7 @@ from agent.outbox_rows import Discarded, Found, LaneSize, LaneState, Part, Seque
 from agent.outbox_tables import SCHEMA, Damaged, LaneRow, OutboxTables
 from agent.salvage import Salvage, copy_small
 from agent.takeover import drop_taken, take_over
-from agent.watermark import Mark, Watermark
+from agent.watermark import LaneMark, Mark, Watermark
 from agent.watermark import read as read_mark
 from edgeward.clock import Clock
 from edgeward.intervals import Interval
@@ -89,6 +89,7 @@ class Outbox:
         self._began = clock.monotonic()
         self._age = 0
         self._dirty = False
+        self._marked: dict[tuple[str, Lane], LaneMark] = {}
         self._salvage: Salvage | None = None
         self._open(read_mark(files.mark(path)))
 
@@ -136,21 +137,19 @@ class Outbox:
             if not existed:
                 raise Damaged("the file is gone")
             return
-        for name, next_seq in mark.next_seq.items():
-            lane = self._lane(name)
-            if lane.next_seq < next_seq:
-                raise Damaged(f"lane {name} ends at {lane.next_seq}, it had come to {next_seq}")
-            (highest,) = self._db.execute("SELECT max(seq) FROM row WHERE lane=?", (lane.id,)).fetchone()
-            if lane.next_seq > next_seq and highest != lane.next_seq - 1:
-                raise Damaged(f"lane {name} ends at {lane.next_seq}, its rows do not")
+        for marked in mark.lanes:
+            lane = self._tables.lane(marked.epoch, marked.name)
+            if lane is None or lane.next_seq < marked.next_seq:
+                raise Damaged(f"lane {marked.name} has not come to {marked.next_seq}, as it had before")
+            if lane.next_seq > marked.next_seq and not self._tables.holds(lane.id, lane.next_seq - 1):
+                raise Damaged(f"lane {marked.name} ends at {lane.next_seq}, its rows do not")
 
     def _settle_in(self) -> None:
+        self._marked = {}
         self._age = self._meta("age", int, 0)
         self._began = self._clock.monotonic()
-        self._floors = {name: self._tables.floor(self._lane(name)) for name in LANES}
         self._mark.open()
-        self._next_seqs = {name: self._lane(name).next_seq for name in LANES}
-        self._mark.write(self.epoch, self._next_seqs, self._floors)
+        self._write_mark(self._tables.lanes())
         pending = [name for name in files.aside(self._path) if not self._salvaged(name)]
         if self._salvage is not None and self._salvage.alive:
             self._salvage.add(pending)
@@ -206,6 +205,7 @@ class Outbox:
         with self._transaction():
             lost = sum(self._tables.end_loading(found) for found in lanes)
             self._db.execute("INSERT OR IGNORE INTO salvaged VALUES (?)", (name,))
+        self._write_mark(self._tables.lanes())
         files.forget_oldest(self._path)
         log.warning("salvaged what can be read of %s: %d rows are lost or were stored before", name, lost)
 
@@ -239,6 +239,17 @@ class Outbox:
         """Seconds that the agent ran with this outbox: no clock that jumps makes a row old."""
         return self._age + int(self._clock.monotonic() - self._began)
 
+    def _write_mark(self, changed: list[LaneRow], *, appended: bool = False) -> None:
+        """Note how far lanes are; where rows were only `appended` their floors are known."""
+        for lane in changed:
+            key = (lane.epoch, lane.name)
+            old = self._marked.get(key)
+            floor = old.floor if appended and old is not None else self._tables.floor(lane)
+            self._marked[key] = LaneMark(lane.id, lane.epoch, lane.name, lane.next_seq, floor)
+            if floor >= lane.next_seq and lane.epoch != self.epoch:
+                del self._marked[key]
+        self._mark.write(self.epoch, list(self._marked.values()))
+
     def _flush(self, every_commit: bool) -> None:
         """Whether the next commits wait for the disk."""
         wanted = "FULL" if every_commit else "NORMAL"
@@ -268,19 +279,18 @@ class Outbox:
         names = [*by_lane, *(lost or ())]
         safe = bool(positions) or any(self._policies[name].fsync == "every-commit" for name in names)
         self._flush(safe)
-        next_seqs: dict[Lane, int] = {}
+        changed: list[LaneRow] = []
         with self._transaction():
             for name, discarded in (lost or {}).items():
-                next_seqs[name] = self._tables.discard(self._lane(name), discarded)
+                changed.append(self._tables.discard(self._lane(name), discarded))
             for name, encoded in by_lane.items():
-                next_seqs[name] = self._tables.append(self._lane(name), encoded, self._now())
+                changed.append(self._tables.append(self._lane(name), encoded, self._now()))
             for topic, (epoch, seq) in (positions or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO source VALUES (?,?,?)", (topic, epoch, seq))
             for change in trends:
                 self._tables.noted(change)
         self._dirty = not safe
-        self._next_seqs |= next_seqs
-        self._mark.write(self.epoch, self._next_seqs, self._floors)
+        self._write_mark(changed, appended=True)
 
     @_whatever_the_file_is
     def source(self, topic: str) -> tuple[str, int] | None:
@@ -348,8 +358,7 @@ class Outbox:
                 if last >= first:
                     self._tables.settle(lane.id, first, last)
         self._dirty = False
-        if epoch == self.epoch:
-            self._floors[name] = self._tables.floor(lane)
+        self._write_mark([lane])
 
     # budgets
 

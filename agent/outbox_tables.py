@@ -98,6 +98,11 @@ class OutboxTables:
         )
         return cast(LaneRow, self.lane(epoch, name))
 
+    def holds(self, lane: int, seq: int) -> bool:
+        """Whether a number is a row or in a gap record."""
+        row = self.db.execute("SELECT 1 FROM row WHERE lane=? AND seq=?", (lane, seq)).fetchone()
+        return row is not None or bool(self.gaps(lane, seq, 1, last=seq))
+
     def floor(self, lane: LaneRow) -> int:
         """The lowest number that is neither acknowledged nor to come."""
         (row,) = self.db.execute("SELECT min(seq) FROM row WHERE lane=?", (lane.id,)).fetchone()
@@ -114,20 +119,20 @@ class OutboxTables:
 
     # rows
 
-    def append(self, lane: LaneRow, encoded: list[bytes], born: int) -> int:
-        """Number rows on; the next number afterwards."""
+    def append(self, lane: LaneRow, encoded: list[bytes], born: int) -> LaneRow:
+        """Number rows on; the lane afterwards, but for its counts."""
         first = lane.next_seq
         self.insert(lane.id, list(enumerate(encoded, first)), born)
         self.db.execute("UPDATE lane SET next_seq=? WHERE id=?", (first + len(encoded), lane.id))
-        return first + len(encoded)
+        return lane._replace(next_seq=first + len(encoded))
 
-    def discard(self, lane: LaneRow, discarded: Discarded) -> int:
-        """Number rows that could not be written, and note that they are lost; the next number afterwards."""
+    def discard(self, lane: LaneRow, discarded: Discarded) -> LaneRow:
+        """Number rows that could not be written, and note that they are lost; the lane afterwards."""
         next_seq = lane.next_seq + discarded.count
         times = (discarded.first_event_time, discarded.last_event_time)
         self.record(lane.id, [Tally(lane.next_seq, next_seq - 1, *times, {"disk-full": discarded.count})])
         self.db.execute("UPDATE lane SET next_seq=? WHERE id=?", (next_seq, lane.id))
-        return next_seq
+        return lane._replace(next_seq=next_seq)
 
     def insert(self, lane: int, rows: list[tuple[int, bytes]], born: int) -> None:
         """Numbered rows that are not there yet."""

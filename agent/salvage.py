@@ -173,12 +173,11 @@ def lanes_of(db: sqlite3.Connection, path: Path) -> list[Found]:
         if isinstance(id_, int) and isinstance(epoch, str) and name in LANES and isinstance(next_seq, int):
             found[epoch, name] = Found(id_, epoch, name, next_seq)
     mark = read_mark(files.mark(path))
-    if mark is not None:
-        for number, name in enumerate(LANES, 1):
-            # In a file whose lanes are unreadable: a first epoch's are numbered in this order.
-            lane = found.setdefault((mark.epoch, name), Found(number, mark.epoch, name, 0))
-            lane.next_seq = max(lane.next_seq, mark.next_seq.get(name, 0))
-            lane.floor = min(mark.floor.get(name, 0), lane.next_seq)
+    for lane in mark.lanes if mark is not None else ():
+        known = found.setdefault((lane.epoch, lane.name), Found(lane.id, lane.epoch, lane.name, 0))
+        known.id = lane.id
+        known.next_seq = max(known.next_seq, lane.next_seq)
+        known.floor = min(lane.floor, known.next_seq)
     return list(found.values())
 
 

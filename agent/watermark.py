@@ -19,16 +19,27 @@ import msgspec
 
 from edgeward.wire.topics import Lane
 
-_SLOT = 512
+_SLOT = 8192
+#: Lanes in a mark; an outbox that was damaged more often than that in one partition forgets the oldest.
+MAX_LANES = 64
+
+
+class LaneMark(msgspec.Struct, frozen=True, array_like=True):
+    """A lane's key in the outbox, and that its numbers `floor .. next_seq - 1` are not acknowledged."""
+
+    id: int
+    epoch: str
+    name: Lane
+    next_seq: int
+    floor: int
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """`next_seq` and `floor` by lane of the present epoch; `count` grows with each mark."""
+    """`epoch` is the present one; `count` grows with each mark."""
 
     count: int
     epoch: str
-    next_seq: dict[Lane, int]
-    floor: dict[Lane, int]
+    lanes: list[LaneMark]
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -83,12 +94,12 @@ class Watermark:
             finally:
                 os.close(fd)
 
-    def write(self, epoch: str, next_seq: dict[Lane, int], floor: dict[Lane, int]) -> None:
+    def write(self, epoch: str, lanes: list[LaneMark]) -> None:
         memory = self._memory
         if memory is None:
             return
         memory.count += 1
-        data = _encode(Mark(memory.count, epoch, next_seq, floor))
+        data = _encode(Mark(memory.count, epoch, lanes[-MAX_LANES:]))
         start = memory.count % 2 * _SLOT
         head = len(data).to_bytes(2, "big") + zlib.crc32(data).to_bytes(4, "big")
         memory.map[start : start + len(head) + len(data)] = head + data
