@@ -96,10 +96,9 @@ class Outbox:
     # the file
 
     def _open(self, mark: Mark | None) -> None:
-        existed = self._path.exists()
         try:
-            self._connect()
-            self._verify(mark, existed)
+            made = self._connect()
+            self._verify(mark, made)
         except sqlite3.DatabaseError as error:
             if not files.damaged(error):
                 raise
@@ -107,8 +106,8 @@ class Outbox:
             return
         self._settle_in()
 
-    def _connect(self) -> None:
-        """Open the file, made with its schema and an epoch in one transaction when it is new."""
+    def _connect(self) -> bool:
+        """Open the file, made with its schema and an epoch in one transaction when it is new: True then."""
         self._db = db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30)
         self._closed = False
         db.execute("PRAGMA journal_mode=WAL")
@@ -120,22 +119,25 @@ class Outbox:
                 db.execute(statement)
             if self._older is not None:
                 take_over(tables, self._older)
-            db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
+            made = db.execute(
+                "INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),)
+            ).rowcount
             self.epoch = self._meta("epoch", str)
             for lane in LANES:
                 tables.open_lane(self.epoch, lane)
         if self._older is not None:
             drop_taken(self._older)
             self._older = None
+        return bool(made)
 
-    def _verify(self, mark: Mark | None, existed: bool) -> None:
+    def _verify(self, mark: Mark | None, made: bool) -> None:
         """Raises Damaged when the file is not what was written."""
         files.check(self._db, self._path)
         if mark is None:
             return
+        if made:
+            raise Damaged("what was in it is gone")
         if mark.epoch != self.epoch:
-            if not existed:
-                raise Damaged("the file is gone")
             return
         for marked in mark.lanes:
             lane = self._tables.lane(marked.epoch, marked.name)
@@ -195,9 +197,7 @@ class Outbox:
     def _keep_salvaged(self, found: Found, rows: list[tuple[int, bytes]]) -> None:
         with self._transaction():
             lane = self._tables.open_lane(found.epoch, found.name, found.next_seq, loading=True)
-            known = self._tables.held(lane.id, rows[0][0], 1 << 31, below=rows[-1][0] + 1)
-            have = {held.seq for held in known}
-            self._tables.insert(lane.id, [row for row in rows if row[0] not in have], self._now())
+            self._tables.insert_missing(lane.id, rows, self._now())
 
     @_whatever_the_file_is
     def _end_salvage(self, name: str, lanes: list[Found]) -> None:

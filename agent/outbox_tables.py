@@ -14,7 +14,7 @@ import msgspec
 
 from agent.eviction import GAP_BYTES, ROW_BYTES, Degree, Tally, cut, joined
 from agent.outbox_rows import Discarded, Found, Part, TrendChange, check, guarded, unguarded
-from edgeward.intervals import missing, runs, size, union
+from edgeward.intervals import contains, missing, runs, size, union
 from edgeward.wire.rows import MAX_BATCH_LOST, Lost
 from edgeward.wire.topics import LANES, Lane
 
@@ -145,6 +145,19 @@ class OutboxTables:
                 size += len(data) + ROW_BYTES
             self.db.execute(f"INSERT INTO row VALUES {','.join(['(?,?,?,?,?,0)'] * len(part))}", values)  # noqa: S608  # only placeholders
         self._count(lane, len(rows), size)
+
+    def insert_missing(self, lane: int, rows: list[tuple[int, bytes]], born: int) -> None:
+        """Those of the rows, ascending, whose numbers are not accounted for yet."""
+        first, last = rows[0][0], rows[-1][0]
+        have = runs(
+            seq
+            for (seq,) in self.db.execute(
+                "SELECT seq FROM row WHERE lane=? AND seq BETWEEN ? AND ? ORDER BY seq", (lane, first, last)
+            )
+        )
+        for gap in self.gaps(lane, first, 1 << 31, last=last):
+            have = union(have, gap.first, gap.last)
+        self.insert(lane, [row for row in rows if not contains(have, row[0])], born)
 
     def held(
         self, lane: int, first: int, limit: int, *, below: int | None = None, unsent: bool = False
@@ -329,7 +342,7 @@ class OutboxTables:
         """What was noted, in order, as far as it is undamaged: the first one is whole."""
         found: list[bytes] = []
         for (change,) in self.db.execute("SELECT change FROM trend WHERE stream=? ORDER BY n", (stream,)):
-            data = unguarded(change)
+            data = unguarded(change) if isinstance(change, bytes) else None
             if data is None:
                 break
             found.append(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,7 @@ import msgspec
 from agent import outbox_files as files
 from agent.eviction import Tally
 from agent.outbox_rows import Found, check, unguarded
+from agent.salvage_pages import rows_in
 from agent.watermark import read as read_mark
 from edgeward.wire.topics import LANES
 
@@ -105,18 +106,43 @@ class Salvage:
         with _opened(path) as db:
             lanes = lanes_of(db, path)
             for lane in lanes:
-                portion: list[tuple[int, bytes]] = []
-                for seq, data in rows_of(db, lane):
-                    portion.append((seq, data))
-                    if len(portion) >= _CHUNK:
-                        self._keep(lane, portion)
-                        portion = []
-                    if self._stop.is_set():
-                        return
-                if portion:
-                    self._keep(lane, portion)
+                if not self._all(lane, rows_of(db, lane)):
+                    return
                 lane.gaps = list(gaps_of(db, lane))
-        self._end(name, lanes)
+        if self._pages(path, {lane.id: lane for lane in lanes}):
+            self._end(name, lanes)
+
+    def _all(self, lane: Found, rows: Iterable[tuple[int, bytes]]) -> bool:
+        """Keep rows in portions; False when it was stopped."""
+        portion: list[tuple[int, bytes]] = []
+        for row in rows:
+            portion.append(row)
+            if len(portion) >= _CHUNK:
+                self._keep(lane, portion)
+                portion = []
+            if self._stop.is_set():
+                return False
+        if portion:
+            self._keep(lane, portion)
+        return True
+
+    def _pages(self, path: Path, lanes: dict[int, Found]) -> bool:
+        """What SQLite did not find. Pages may hold rows from before they were evicted, too: those are kept after all.
+
+        But for trends: their values may be in a coarser row already, and would count twice.
+        """
+        waiting: dict[int, dict[int, bytes]] = {id_: {} for id_ in lanes}
+        for cell in rows_in(path, files.wal(path)):
+            lane = lanes.get(cell.lane)
+            if lane is None or not lane.floor <= cell.seq < lane.next_seq or lane.name == "trend":
+                continue
+            rows = waiting[cell.lane]
+            rows[cell.seq] = cell.data
+            if len(rows) >= _CHUNK:
+                if not self._all(lane, sorted(rows.items())):
+                    return False
+                rows.clear()
+        return all(self._all(lanes[id_], sorted(rows.items())) for id_, rows in waiting.items())
 
 
 class _opened:
@@ -128,6 +154,7 @@ class _opened:
     def __enter__(self) -> sqlite3.Connection:
         _mend_header(self._path)
         self._db = sqlite3.connect(self._path, isolation_level=None, timeout=30)
+        self._db.text_factory = lambda data: data.decode(errors="replace")
         return self._db
 
     def __exit__(self, *_: object) -> None:
@@ -182,44 +209,52 @@ def lanes_of(db: sqlite3.Connection, path: Path) -> list[Found]:
 
 
 def rows_of(db: sqlite3.Connection, lane: Found) -> Iterator[tuple[int, bytes]]:
-    """Sound rows, stepping over pages that cannot be read."""
+    """Sound rows in the order of their numbers, stepping over what cannot be read.
+
+    Only numbers of rows whose check holds are believed: a flipped bit in one misleads SQLite's search, and
+    ends a scan early as if there were nothing more.
+    """
     at = lane.floor
     while at < lane.next_seq:
-        error: Exception | None = None
+        # The whole rest and not only this lane's: a number that looks like another's must not end it.
         try:
-            for seq, crc, data in db.execute(
-                "SELECT seq, crc, data FROM row WHERE lane=? AND seq>=? AND seq<? ORDER BY seq",
-                (lane.id, at, lane.next_seq),
+            for key, seq, crc, data in db.execute(
+                "SELECT lane, seq, crc, data FROM row WHERE (lane, seq) >= (?, ?) ORDER BY lane, seq",
+                (lane.id, at),
             ):
-                if not isinstance(seq, int) or seq < at:
-                    raise sqlite3.DatabaseError("rows out of order")
-                at = seq + 1
-                if isinstance(data, bytes) and check(lane.id, seq, data) == crc:
+                if (
+                    key == lane.id
+                    and isinstance(seq, int)
+                    and at <= seq < lane.next_seq
+                    and isinstance(data, bytes)
+                    and check(lane.id, seq, data) == crc
+                ):
+                    at = seq + 1
                     yield seq, data
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as raised:
-            error = raised
-        if error is None:
-            return
+        except sqlite3.DatabaseError as error:
+            log.debug("lane %s: %s", lane.name, error)
         at = _beyond(db, lane, at)
 
 
 def _beyond(db: sqlite3.Connection, lane: Found, at: int) -> int:
-    """The lowest number above `at` from which on rows can be read again."""
+    """The lowest number above `at` from which on rows of the lane can be read again; its end, if none can."""
 
     def readable(number: int) -> bool:
         try:
-            db.execute(
+            row = db.execute(
                 "SELECT seq FROM row WHERE lane=? AND seq>=? AND seq<? ORDER BY seq LIMIT 1",
                 (lane.id, number, lane.next_seq),
             ).fetchone()
         except sqlite3.DatabaseError:
             return False
-        return True
+        return row is not None
 
     width = 1
     while at + width < lane.next_seq and not readable(at + width):
         width *= 2
-    low, high = at + width // 2, min(at + width, lane.next_seq)
+    if at + width >= lane.next_seq:
+        return lane.next_seq
+    low, high = at + width // 2, at + width
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (low, middle) if readable(middle) else (middle, high)
