@@ -356,11 +356,14 @@ def _lane(row: tuple[object, ...]) -> LaneRow:
 
 
 def _tally(row: tuple[int, int, int, int, bytes]) -> Tally:
-    first, last, begin, end, reasons = row
+    first, last, begin, end, packed = row
     try:
-        return Tally(first, last, begin, end, _reasons(reasons))
-    except (msgspec.DecodeError, TypeError) as error:
-        raise Damaged(f"gap record {first}: {error}") from None
+        reasons = _reasons(packed)
+        if 0 <= first <= last and begin <= end and sum(reasons.values()) == last - first + 1:
+            return Tally(first, last, begin, end, reasons)
+    except (msgspec.DecodeError, TypeError):
+        pass
+    raise Damaged(f"a gap record of {row!r}"[:200])
 
 
 def as_lost(gap: Tally, first: int, last: int) -> Lost:

@@ -9,8 +9,10 @@ import msgspec
 
 from edgeward.storage import sha256_hex
 from edgeward.wire.desired import DesiredState, ModelRef, SlotTarget, StreamTarget
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.reports import Phase, SlotReport
 from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.topics import Lane
 
 DESIRED_LIFETIME = 7 * 86400.0
 REISSUE_BEFORE = 2 * 86400.0
@@ -24,9 +26,14 @@ def matches(labels: dict[str, str], match_labels: dict[str, str]) -> bool:
     return match_labels.items() <= labels.items()
 
 
-def content_digest(slots: dict[str, SlotTarget], streams: list[StreamTarget]) -> str:
+def content_digest(
+    slots: dict[str, SlotTarget], streams: list[StreamTarget], policies: Mapping[str, Any] | None = None
+) -> str:
     """Identifies what a desired state says, apart from its generation and times."""
-    return sha256_hex(_canonical.encode([slots, streams]))
+    said: list[Any] = [slots, streams]
+    if policies:  # else as before there were any, so that no device gets a new generation for nothing
+        said.append(policies)
+    return sha256_hex(_canonical.encode(said))
 
 
 def compose(
@@ -37,8 +44,9 @@ def compose(
     models: dict[str, ModelRef],
     streams: list[StreamTarget],
     policies: Mapping[str, SlotPolicy] | None = None,
+    outbox: Mapping[Lane, LanePolicy] | None = None,
 ) -> DesiredState:
-    """`models` and `policies` by slot; a slot without a policy runs by the default one."""
+    """`models` and `policies` by slot; a slot without a policy runs by the default one, an `outbox` lane too."""
     default, policies = SlotPolicy(), policies or {}
     return DesiredState(
         site=site,
@@ -51,6 +59,7 @@ def compose(
             for slot, model in sorted(models.items())
         },
         streams=sorted(streams, key=lambda stream: stream.name),
+        policies={"outbox": msgspec.to_builtins(outbox)} if outbox else {},
     )
 
 

@@ -26,9 +26,11 @@ from edgeward.trust.keys import PrivateKey
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, model_version_name
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
+from edgeward.wire.topics import Lane
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +157,7 @@ class _Work:
         self.desired = records.desired_states(session)
         specs = {name: msgspec.convert(row.spec, FleetSpec) for name, row in self._fleets.items()}
         self._policies = {name: spec.slots for name, spec in specs.items()}
+        self._outboxes = {name: spec.outbox for name, spec in specs.items()}
         self._members = {name: self._match(spec) for name, spec in specs.items()}
         self.renewed: set[str] = set()
         self.changed = False
@@ -273,8 +276,12 @@ class _Work:
         models = self._models.get(name, {})
         streams = self._streams_of(name)
         policies = self._slot_policies.get(name, {})
-        draft = device_rules.compose(row.spec["site"], name, 0, self._now, models, streams, policies)
-        content = device_rules.content_digest(draft.slots, draft.streams)
+        outbox: dict[Lane, LanePolicy] = {}
+        for fleet, members in sorted(self._members.items()):
+            if name in members:  # of several fleets that name a lane, the last by name
+                outbox |= self._outboxes[fleet]
+        draft = device_rules.compose(row.spec["site"], name, 0, self._now, models, streams, policies, outbox)
+        content = device_rules.content_digest(draft.slots, draft.streams, draft.policies)
         held = self.desired.get(name)
         if (
             held is None

@@ -16,11 +16,13 @@ from edgeward.errors import InvalidDocument
 from edgeward.fields import explain, name_keys, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.providers import check_providers
 from edgeward.wire.slots import SlotPolicy, check_policy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 from edgeward.wire.stream_checks import check_stream
 from edgeward.wire.streams import StreamSpec
+from edgeward.wire.topics import Lane
 
 
 class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
@@ -63,12 +65,14 @@ class DeviceSpec(SpecStruct, frozen=True):
 class FleetSpec(SpecStruct, frozen=True):
     """The devices whose labels equal every pair of `match_labels`, the streams they run, and how their slots run.
 
-    Each device has the labels `site` and `device` besides its own.
+    Each device has the labels `site` and `device` besides its own. `outbox` says what each lane may keep on the
+    device while the trend store is away; a lane that is absent has `edgeward/wire/lanes.py`'s default.
     """
 
     match_labels: Annotated[dict[str, str], Meta(min_length=1)]
     streams: list[str] = []
     slots: dict[str, SlotPolicy] = {}
+    outbox: dict[Lane, LanePolicy] = {}
 
 
 class ModelSpec(SpecStruct, frozen=True):
