@@ -116,26 +116,39 @@ class Schedule:
 
     # what came of it
 
-    def sent(self, want: Want, span: Interval, size: int, now: float, wait: float) -> None:
-        """Numbers `span` went up as `size` bytes; without an ack they go again after `wait` seconds."""
+    def sent(self, want: Want, span: Interval, size: int, now: float, wait: float) -> Flight:
+        """Numbers `span` are about to go up as `size` bytes; without an ack they go again after `wait` seconds."""
         first, last = span
         under_way = size + sum(flight.size for flight in self.flights if flight is not want.flight)
         tries = 0
         if want.flight is not None:
-            self.flights.remove(want.flight)
             tries = want.flight.tries + 1
-            if last < want.flight.last:  # the rest follows at once
+            if self._end(want.flight) and last < want.flight.last:  # the rest follows at once
                 self.flights.append(replace(want.flight, first=last + 1, sent=now, deadline=now))
         else:
             self._advance(want, last + 1)
-        self.flights.append(Flight(want.key, first, last, size, under_way, now, now + wait, tries))
+        flight = Flight(want.key, first, last, size, under_way, now, now + wait, tries)
+        self.flights.append(flight)
+        return flight
+
+    def refused(self, flight: Flight, now: float) -> None:
+        """The link did not take it: it is due, and no silence of the link."""
+        if self._end(flight):
+            self.flights.append(replace(flight, sent=now, deadline=now))
 
     def nothing(self, want: Want) -> None:
         """There is nothing to send in it any more."""
         if want.flight is not None:
-            self.flights.remove(want.flight)
+            self._end(want.flight)
         else:
             self._advance(want, want.below)
+
+    def _end(self, flight: Flight) -> bool:
+        """False when an ack has ended it meanwhile."""
+        known = flight in self.flights
+        if known:
+            self.flights.remove(flight)
+        return known
 
     def _advance(self, want: Want, to: int) -> None:
         cursor = self._cursors[want.key]

@@ -187,11 +187,13 @@ class Uplink:
         sealed = seal(
             Batch(epoch, part.first, part.count, part.floor, rows, lost=part.lost), topic, self._signer()
         )
-        if not self._publish(topic, sealed):
-            return False
-        self.counts["batches"] += 1
         tries = want.flight.tries + 1 if want.flight else 0
         wait = pace.timeout + backoff(pace.timeout, tries, MAX_TIMEOUT, self._chance())
-        with self._lock:
-            schedule.sent(want, (part.first, part.first + part.count - 1), len(sealed), now, wait)
+        with self._lock:  # before it goes: the ack may be quicker than this thread
+            flight = schedule.sent(want, (part.first, part.first + part.count - 1), len(sealed), now, wait)
+        if not self._publish(topic, sealed):
+            with self._lock:
+                schedule.refused(flight, now)
+            return False
+        self.counts["batches"] += 1
         return True

@@ -21,6 +21,7 @@ from agent.pacing import (
 )
 from agent.sending import LIVE_ROWS, SPARE, Schedule, Want
 from edgeward.intervals import missing, union
+from edgeward.mqtt import Broker, Link
 from edgeward.wire.topics import Lane
 
 KEY: tuple[str, Lane] = ("e", "result")
@@ -106,6 +107,26 @@ def test_a_batch_without_an_ack_goes_again_and_its_rest_follows_at_once() -> Non
     assert rest is not None and (rest.first, rest.below) == (10, 30)
     schedule.sent(rest, (10, 29), 1000, 2.0, 4.0)
     assert [flight.tries for flight in schedule.flights] == [1, 1]
+
+
+def test_an_ack_may_come_between_a_question_and_its_answer() -> None:
+    schedule = Schedule()
+    send(schedule, schedule.next([lane(0, 10)], 0.0, 4), 10, wait=2.0)
+    again = schedule.next([lane(0, 10)], 2.0, 4)
+    assert again is not None and again.flight is not None
+    schedule.acknowledged(KEY, 9, [])
+    schedule.nothing(again)
+    flight = schedule.sent(again, (0, 4), 100, 2.0, 2.0)
+    assert schedule.flights == [flight], "what an ack has ended leaves no rest"
+
+
+def test_what_the_link_did_not_take_is_due_at_once() -> None:
+    schedule = Schedule()
+    want = schedule.next([lane(0, 10)], 0.0, 4)
+    assert want is not None
+    schedule.refused(schedule.sent(want, (0, 9), 100, 1.0, 5.0), 1.0)
+    again = schedule.next([lane(0, 10)], 1.0, 4)
+    assert again is not None and again.flight is not None and again.flight.deadline == again.flight.sent
 
 
 def test_an_ack_out_of_order_ends_the_flights_that_it_covers_as_a_whole() -> None:
@@ -210,3 +231,13 @@ def test_the_backoff_is_full_jitter_below_an_exponential_limit(tries: int, chanc
     wait = backoff(0.5, tries, 30.0, chance)
     assert 0.0 <= wait <= min(30.0, 0.5 * 2**tries)
     assert backoff(0.5, tries, 30.0, 1.0) == min(30.0, 0.5 * 2.0 ** min(tries, 32))
+
+
+def test_no_two_clients_come_back_in_step() -> None:
+    links = [
+        Link(Broker("mqtt://127.0.0.1:1"), f"c{number}", max_reconnect_delay=30.0) for number in range(40)
+    ]
+    lowest = {link._client._reconnect_min_delay for link in links}
+    highest = {link._client._reconnect_max_delay for link in links}
+    assert len(lowest) == len(highest) == 40
+    assert max(lowest) - min(lowest) > 0.5 and max(highest) <= 30.0 and min(highest) >= 15.0
