@@ -74,6 +74,9 @@ class State:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+        else:
+            # Fails while the agent is just making the file: this table comes last.
+            self._db.execute("SELECT 1 FROM measurement LIMIT 1")
 
     def close(self) -> None:
         with self._lock:
