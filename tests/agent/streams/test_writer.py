@@ -147,6 +147,31 @@ def test_a_stream_that_waits_for_room_is_let_go_at_the_end(rig: Rig, monkeypatch
     assert outcome == ["let go"]
 
 
+def test_a_stream_whose_sensor_keeps_its_samples_waits_and_loses_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ROWS", 2)
+    rig.disk.error = sqlite3.OperationalError("database or disk is full")
+    rig.put(0, 1)
+    assert rig.refused.acquire(timeout=WAIT)
+    begun = threading.Event()
+
+    def more() -> None:
+        begun.set()
+        rig.put(2, 3)
+
+    stream = threading.Thread(target=more)
+    stream.start()
+    assert begun.wait(WAIT)
+    assert all(rig.refused.acquire(timeout=WAIT) for _ in range(3))
+    assert rig.writer.waiting == 2 and stream.is_alive()
+    rig.disk.error = None
+    stream.join(WAIT)
+    rig.writer.close()
+    rig.writer.end(WAIT)
+    assert rig.stored() == 4 and rig.disk.sizes()["result"].lost == 0
+
+
 def test_a_commit_that_hangs_past_the_end_is_the_last_one(rig: Rig) -> None:
     rig.disk.open.clear()
     rig.put(0)
