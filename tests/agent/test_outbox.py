@@ -21,6 +21,7 @@ from agent import takeover as takeover_module
 from agent.outbox import Outbox
 from agent.outbox_rows import TrendChange
 from agent.outbox_status import status
+from agent.salvage_pages import rows_in_page
 from agent.state import State
 from edgeward.clock import ManualClock
 from edgeward.wire.lanes import DEFAULT_POLICIES, LanePolicy
@@ -386,6 +387,25 @@ def test_positions_and_open_trends_outlive_the_damage_of_other_pages(tmp_path: P
     assert outbox.source("t") == ("e", 41) and outbox.open_trends("s") == [b"whole", b"more"]
     assert outbox.open_trends("bad") == []
     outbox.close()
+
+
+def test_pages_of_rubbish_are_read_without_a_word(tmp_path: Path) -> None:
+    outbox = open_outbox(tmp_path)
+    fill(outbox, 200)
+    known = dict(contents(outbox, "result")[0])
+    outbox.close()
+    raw = (tmp_path / "outbox.db").read_bytes()
+    pages = [raw[at : at + 4096] for at in range(0, len(raw), 4096)]
+    found = {cell.seq: cell.data for page in pages for cell in rows_in_page(page)}
+    assert found == known
+    chance = random.Random(5)
+    for _ in range(400):
+        page = bytearray(chance.choice(pages) if chance.random() < 0.8 else chance.randbytes(4096))
+        page[0] = chance.choice((2, 10))
+        for _ in range(chance.choice((1, 10, 200))):
+            page[chance.randrange(4096)] = chance.randrange(256)
+        for cell in rows_in_page(bytes(page)):
+            assert known[cell.seq] == cell.data
 
 
 def test_few_damaged_files_are_kept(tmp_path: Path) -> None:
