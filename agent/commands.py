@@ -177,10 +177,10 @@ def status(
 ) -> None:
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
     from agent.holds import Holds
+    from agent.outbox.status import status as outbox_status
     from agent.peers.figures import FIGURES, read_figures
     from agent.state import State
     from edgeward.clock import SystemClock
-    from edgeward.wire.topics import LANES
 
     path = folder / "state.db"
     if not path.exists():
@@ -194,22 +194,15 @@ def status(
         facts = {
             "generation": state.generation(),
             "timeFloor": state.time_floor(),
-            "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
             "shadows": {name: msgspec.to_builtins(report) for name, report in state.shadow_reports().items()},
             "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
-            "outbox": {
-                lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
-                for lane in LANES
-            },
             "holds": msgspec.to_builtins(holds),
             "obtained": msgspec.to_builtins(obtained),
-            "sources": {
-                topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
-            },
+            **outbox_status(folder / "outbox.db"),
         }
     finally:
         state.close()
@@ -234,7 +227,8 @@ def status(
             f"{obtained.controller_blobs} from the controller ({bundle.size(obtained.controller_bytes)})"
         )
     for lane, numbers in dict(facts["outbox"]).items():
-        out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
+        lost = f", {numbers['lost']} were lost" if numbers["lost"] else ""
+        out.print(f"outbox {lane}: {numbers['rows']} rows wait ({numbers['bytes'] / 1e6:.1f} MB){lost}")
 
 
 def import_(

@@ -17,10 +17,12 @@ import edgeward
 from agent import inventory
 from agent.applying import Applying
 from agent.attempts import Attempts
+from agent.desired import outbox_policies
 from agent.fetch import BlobStore
 from agent.holds import Holds
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
+from agent.outbox.outbox import Outbox
 from agent.pace import Pace
 from agent.peers.settings import Settings as PeerSettings
 from agent.peers.site import Site
@@ -46,7 +48,7 @@ from edgeward.mqtt import Broker, Link, Message, Will
 from edgeward.wire import topics
 from edgeward.wire.desired import DesiredState
 from edgeward.wire.envelope import seal
-from edgeward.wire.reports import OutboxReport, Report, Reported, Status
+from edgeward.wire.reports import LaneReport, OutboxReport, Report, Reported, Status
 from edgeward.wire.topics import LANES
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Daemon:
         require_enrolled(folder)
         self.state = State(folder / "state.db")
         self._clock = clock = TrustedClock(machine_clock, self.state)
+        self.outbox = Outbox(folder / "outbox.db", clock, older=folder / "state.db")
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
         self._boot = self.state.next_boot()
@@ -165,7 +168,7 @@ class Daemon:
             max_reconnect_delay=10.0,
         )
         self.uplink = Uplink(
-            self.state,
+            self.outbox,
             self.name,
             self.identity.anchor,
             self.identity.signer,
@@ -176,7 +179,7 @@ class Daemon:
         self._local = LocalLink(self.link.subscribe, self.link.unsubscribe, self.link.publish)
         self.streams = Streams(
             self.name,
-            self.state,
+            self.outbox,
             clock,
             self.slots.active,
             self._local,
@@ -246,6 +249,7 @@ class Daemon:
                 self._site.stop()
             self.slots.stop()
             self.engine.stop()
+            self.outbox.close()
             self.state.close()
             os.close(self._lock_file)
 
@@ -264,6 +268,7 @@ class Daemon:
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
+        self.outbox.keep(outbox_policies(desired))
         # The streams first: a new model is held against those that it will get.
         self.streams.apply(desired.streams)
         self.slots.wish(desired.slots, desired.delivery)
@@ -333,7 +338,7 @@ class Daemon:
     def _status(self, state: str) -> bytes:
         boot, n, at = self._next()
         status = Status(
-            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.state.epoch,
+            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.outbox.epoch,
             self._inventory,
         )  # fmt: skip
         return self._seal(status, self._status_topic)
@@ -359,8 +364,8 @@ class Daemon:
         self.link.publish(topic, self._seal(reported, topic), retain=True)
 
     def _send_report(self, seconds: float) -> None:
-        rows, size = self.state.outbox_size()
-        acked = sum(self.state.lane(lane).floor for lane in LANES)
+        sizes = self.outbox.sizes()
+        acked = sum(self.outbox.lane(lane).floor for lane in LANES)
         boot, n, now = self._next()
         streams = self.streams.report()
         try:
@@ -373,7 +378,13 @@ class Daemon:
             now,
             seconds,
             streams,
-            OutboxReport(rows, size, acked, 0),
+            OutboxReport(
+                sum(size.rows for size in sizes.values()),
+                sum(size.bytes for size in sizes.values()),
+                acked,
+                sum(size.lost for size in sizes.values()),
+                {lane: LaneReport(size.rows, size.bytes, size.lost) for lane, size in sizes.items()},
+            ),
             psutil.Process().memory_info().rss,
         )
         topic = topics.report(self.name)

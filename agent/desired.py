@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
+import msgspec
+
 from agent.trusted_clock import TrustedClock
 from edgeward.errors import TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.lanes import LanePolicy
+from edgeward.wire.topics import Lane
+
+log = logging.getLogger(__name__)
 
 
 def check(
@@ -41,3 +49,12 @@ def stored(raw: bytes, trusted_keys: list[str], name: DeviceName, generation: in
     if desired.generation != generation:
         raise TrustError(f"desired state is of generation {desired.generation}, accepted was {generation}")
     return desired
+
+
+def outbox_policies(desired: DesiredState) -> dict[Lane, LanePolicy]:
+    """What the fleet says of each outbox lane; nothing where it says nothing that this agent understands."""
+    try:
+        return msgspec.convert(desired.policies.get("outbox", {}), dict[Lane, LanePolicy])
+    except msgspec.ValidationError as error:
+        log.error("the outbox keeps its default budgets: %s", error)
+        return {}

@@ -26,10 +26,12 @@ from edgeward.trust.keys import PrivateKey
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, SiteSpec, model_version_name
 from edgeward.wire.schedule import ActivationTerms
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
+from edgeward.wire.topics import Lane
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +164,7 @@ class _Work:
         self._rollout_specs = {row.name: msgspec.convert(row.spec, RolloutSpec) for row in self._rollouts}
         self._policies = {name: spec.slots for name, spec in specs.items()}
         self._shadows = {name: self._beside(spec) for name, spec in specs.items()}
+        self._outboxes = {name: spec.outbox for name, spec in specs.items()}
         self._members = {name: self._match(spec) for name, spec in specs.items()}
         self.renewed: set[str] = set()
         self.changed = False
@@ -293,6 +296,10 @@ class _Work:
         models = self._models.get(name, {})
         streams = self._streams_of(name)
         policies = self._slot_policies.get(name, {})
+        outbox: dict[Lane, LanePolicy] = {}
+        for fleet, members in sorted(self._members.items()):
+            if name in members:  # of several fleets that name a lane, the last by name
+                outbox |= self._outboxes[fleet]
         site = self._sites.get(row.spec["site"], SiteSpec())
         terms = {slot: self._terms(site, name, slot, model) for slot, model in models.items()}
         draft = device_rules.compose(
@@ -306,6 +313,7 @@ class _Work:
             terms,
             site.delivery,
             self._slot_shadows.get(name, {}),
+            outbox,
         )
         content = device_rules.content_digest(draft)
         held = self.desired.get(name)

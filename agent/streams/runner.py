@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from agent.outbox.outbox import Outbox
 from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots.active import ActiveModel
-from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
 from agent.streams.disagreeing import Disagreeing
 from agent.streams.examples import Examples, make_examples
@@ -71,7 +71,7 @@ class StreamRunner:
         self,
         target: StreamTarget,
         name: DeviceName,
-        state: State,
+        outbox: Outbox,
         clock: Clock,
         active: Callable[[str], ActiveModel | None],
         link: MqttLink,
@@ -83,7 +83,6 @@ class StreamRunner:
         self.target = target
         self._spec = spec
         self._name = name
-        self._state = state
         self._clock = clock
         self._active = active
         self._committed = committed
@@ -91,7 +90,7 @@ class StreamRunner:
         self._source_key = f"{target.name}:{fill_in(getattr(spec.source.one(), 'topic', ''), name)}"
         self._numbered = numbers_samples(spec.source)
         self._joining = Joining()
-        self._position = state.source(self._source_key) if self._numbered else None
+        self._position = outbox.source(self._source_key) if self._numbered else None
         self._durable = self._position
         self.source = build(
             spec.source,
@@ -109,7 +108,7 @@ class StreamRunner:
         self._trends = Trends(
             int(spec.publish.trend_bucket * 1e6), spec.publish.trend_bucket + spec.window.timeout
         )
-        self._trends.restore(state.open_trends(target.name), clock.monotonic())
+        self._trends.restore(outbox.open_trends(target.name), clock.monotonic())
         self._disagreeing = Disagreeing(target, clock)
         self._selection: Selection | None = None
         self._model: ActiveModel | None = None
@@ -121,9 +120,10 @@ class StreamRunner:
         self._stop = threading.Event()
         self._figures = Figures()
         self._writer = Writer(
-            state,
+            outbox,
             self._source_key,
             self._stop,
+            holds=self._numbered,
             stored=self._stored,
             refused=self._refused,
             failed=self._fail,
@@ -275,7 +275,8 @@ class StreamRunner:
             self.count("disagreeing_dropped", dropped)
         trends = self._trends.take(self.target, self._clock.monotonic(), everything=everything)
         rows += [("trend", row) for row in trends]
-        change = self._trends.change(self.target, closed=bool(trends))
+        whole = bool(trends) or self._writer.take_missed()
+        change = self._trends.change(self.target, closed=whole)
         position = self._positions.at(self._windows.settled)
         position = position if self._numbered else None
         if rows or position or change is not None:

@@ -214,11 +214,22 @@ class StreamReport(Struct, frozen=True):
     reason: str = ""
 
 
+class LaneReport(Struct, frozen=True):
+    """Rows of a lane that wait and what they cost in bytes; `lost` counts since the outbox was made."""
+
+    rows: int
+    bytes: int
+    lost: int
+
+
 class OutboxReport(Struct, frozen=True):
+    """`gaps` are the rows of all lanes that were lost, `acked` those up to which all is stored."""
+
     rows: int
     bytes: int
     acked: int
     gaps: int
+    lanes: dict[str, LaneReport] = {}
 
 
 class Report(Struct, frozen=True):

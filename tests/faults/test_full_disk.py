@@ -11,7 +11,6 @@ import pytest
 from agent.state import State
 from agent.streams.execute import Executor
 from edgeward.clock import SystemClock
-from edgeward.wire.rows import ResultRow
 from edgeward.wire.streams import Action
 
 
@@ -35,19 +34,15 @@ def test_a_line_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path) ->
 @pytest.mark.parametrize("size", [10_000, 4_000_000], ids=["at its commit", "in the middle"])
 def test_a_transaction_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path, size: int) -> None:
     state = State(small_disk / "state.db")
-
-    def row(seq: int, text: str) -> ResultRow:
-        return ResultRow(seq, "s", 1, "", text, seq, "d", "v", "p", {}, False)
-
-    state.commit_rows([("result", row(0, ""))], {"t": ("e", 0)})
+    state.accept_desired(1, b"one")
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(bytes(4096))
     with pytest.raises(sqlite3.OperationalError, match=r"full|disk I/O"):
-        state.commit_rows([("result", row(1, "x" * size))], {"t": ("e", 1)})
+        state.accept_desired(2, b"x" * size)
+    assert (state.generation(), state.desired()) == (1, b"one")
     filler.unlink()
-    state.commit_rows([("result", row(1, ""))], {"t": ("e", 1)})
-    assert (state.lane("result").next_seq, state.source("t")) == (2, ("e", 1))
-    assert len(state.read_rows("result", 0, 9)) == 2
+    state.accept_desired(2, b"two")
+    assert (state.generation(), state.desired()) == (2, b"two")
     state.close()

@@ -19,7 +19,6 @@ from agent.runtime.port import Arrays
 from agent.slots.active import ActiveModel
 from agent.slots.drift import ScoreBins
 from agent.slots.tap import Disagreed
-from agent.state import State
 from agent.streams.disagreeing import Bucket
 from agent.streams.runner import StreamRunner
 from agent.streams.sketches import LiveBaseline
@@ -31,6 +30,7 @@ from edgeward.wire.rows import ROW_TYPES
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import Check, MqttSource, Publish, Source, StreamSpec, Window
 from edgeward.wire.topics import Lane
+from tests.agent.outboxes import open_outbox, rows_of
 
 T0 = 1_700_000_000.0
 
@@ -95,7 +95,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.engine = Engine()
         self.engine.start()
-        self.state = State(folder / "state.db")
+        self.outbox = open_outbox(folder, SystemClock())
         self.folder, self.broker = folder, Broker()
         runner = self.engine.open("onnx", sum_model(), "m:1", batchable=True)
         manifest = SimpleNamespace(baseline={}, features=[], decision=Decision("score", 50.0))
@@ -108,7 +108,7 @@ class Rig:
         spec = {"window": Window(count=10, timeout=0.1), **spec}
         target = StreamTarget("s", 3, StreamSpec(source=source, features=["i", "b"], **spec))
         self.runner = StreamRunner(
-            target, DeviceName("north", "d"), self.state, SystemClock(), lambda slot: self.model,
+            target, DeviceName("north", "d"), self.outbox, SystemClock(), lambda slot: self.model,
             self.broker, lambda: None, self.folder,  # type: ignore[arg-type]
         )  # fmt: skip
         self.runner.start()
@@ -124,7 +124,7 @@ class Rig:
 
     def rows(self, lane: Lane) -> list[Any]:
         decode = msgspec.msgpack.Decoder(ROW_TYPES[lane]).decode
-        return [decode(row) for row in self.state.read_rows(lane, 0, 10**6)]
+        return [decode(row) for row in rows_of(self.outbox, lane)]
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path)
     yield made
     made.runner.stop()
+    made.outbox.close()
     made.engine.stop()
-    made.state.close()
 
 
 def test_only_what_a_shadow_answers_otherwise_goes_up(rig: Rig) -> None:

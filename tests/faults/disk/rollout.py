@@ -33,7 +33,7 @@ def main(folder: Path, side: Path) -> None:
         devices.append(Device(folder, releaser.url, releaser.root, engine, SystemClock(), changed, told))
         device = devices[-1]
         device.start()
-        told(epoch=device.state.epoch, boot=device.boot, floor=device.state.time_floor())
+        told(boot=device.boot, floor=device.state.time_floor())
         return device
 
     def changed() -> None:
