@@ -17,6 +17,7 @@ from deltalake.exceptions import TableNotFoundError
 
 from edgeward.wire.topics import LANES
 from trends.journal import Journal
+from trends.layout import TRENDS_WRITER, sorted_trends
 from trends.local_files import LocalFolder
 from trends.schemas import PARTITIONS, TABLE_OF, gaps_to_arrow, to_arrow
 
@@ -54,7 +55,7 @@ class Tables:
 
     def repair(self) -> None:
         """To be called once before the first flush. Raises EdgewardError, with what a person must do."""
-        for table in PARTITIONS:
+        for table in (*PARTITIONS, "models"):
             self._place.repair(table, self._journal.settled(table))
 
     def uri(self, table: str) -> str:
@@ -71,7 +72,8 @@ class Tables:
             table = TABLE_OF[lane]
             self._forget_moved(table, lambda last, lane=lane: self._journal.forget_rows(lane, last))  # type: ignore[misc]  # mypy cannot infer a default
             while stored := self._journal.waiting(lane, limit):
-                self._move(table, to_arrow(lane, stored), stored[-1].id)
+                rows = to_arrow(lane, stored)
+                self._move(table, sorted_trends(rows) if lane == "trend" else rows, stored[-1].id)
                 self._journal.forget_rows(lane, stored[-1].id)
                 self._between("forgotten")
                 moved += len(stored)
@@ -108,6 +110,7 @@ class Tables:
             schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=PARTITIONS[table] or None,
             storage_options=self.options,
+            writer_properties=TRENDS_WRITER if table == "trends" else None,
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
             post_commithook_properties=NO_HOOKS,
         )
