@@ -2,11 +2,12 @@
 
     python -m benchmarks.trend_query [--quick] [--folder DIR] [--json FILE]
 
-The rows are synthetic, one minute each, in 90 days: 16 models on 96 devices with 8 series each. They are written
-once to a temporary folder as the store's compaction leaves them (Delta, a file a day, made of commits that are
-sorted each), and removed afterwards; about 1.3 GB, without sketches, which the question does not read. The question: 90 days of one model's score, by hour. DuckDB alone gets the list of
-all files and the same question as a person would write it; it is also asked in the form that this product
-uses, and the faster of the two is the limit.
+The rows are synthetic, one minute each, in 90 days: 16 models on 96 devices with 8 series each. They are
+written once to a temporary folder as the store's compaction leaves them (Delta, a file a day, made of commits
+that are sorted each), and removed afterwards; about 1.3 GB, without sketches, which the question does not read.
+The question: 90 days of one model's score, by hour. DuckDB alone gets all files and the same question as a
+person would write it; it is also asked in the form that this product uses, and the faster of the two is the
+limit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from deltalake import DeltaTable, write_deltalake
 from benchmarks.report import Row, arguments, finish, median, spread
 from edgeward.wire.trend_query import TrendQuery
 from trends.journal import Journal
-from trends.layout import TRENDS_WRITER, sorted_trends
+from trends.layout import WRITER, sorted_trends
 from trends.queries.engine import Engine
 from trends.schemas import SCHEMAS
 from trends.tables import Tables
@@ -44,7 +45,9 @@ def _digest(model: int) -> str:
 
 
 def _chosen(names: list[str], index: np.ndarray) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32)), pa.array(names)).dictionary_decode()
+    return pa.DictionaryArray.from_arrays(
+        pa.array(index.astype(np.int32)), pa.array(names)
+    ).dictionary_decode()
 
 
 def day_rows(day: int, minutes: int, seed: int = 7) -> pa.Table:
@@ -81,7 +84,8 @@ def day_rows(day: int, minutes: int, seed: int = 7) -> pa.Table:
     }
     schema = SCHEMAS["trends"]
     return pa.table(
-        [columns[field.name] if field.name in columns else pa.nulls(n, field.type) for field in schema], schema=schema
+        [columns[field.name] if field.name in columns else pa.nulls(n, field.type) for field in schema],
+        schema=schema,
     )
 
 
@@ -94,7 +98,11 @@ def generate(folder: Path, minutes: int) -> int:
         )
         rows += table.num_rows
         write_deltalake(
-            str(folder / "trends"), table, mode="append", partition_by=["date"], writer_properties=TRENDS_WRITER
+            str(folder / "trends"),
+            table,
+            mode="append",
+            partition_by=["date"],
+            writer_properties=WRITER,
         )
     DeltaTable(str(folder / "trends")).create_checkpoint()
     return rows
@@ -149,7 +157,17 @@ def measure(folder: Path, rows: int, runs: int) -> tuple[list[Row], list[str]]:
     both = {name: round(median(took), 3) for name, (took, _) in limits.items()}
     holds = median(ours) <= 1.3 * limit and median(ours) <= 1.0
     table = [
-        Row("90 days by hour, one model", "s", median(ours), limit, None, "", "<= 1.3 x limit, <= 1 s", spread(ours), holds),
+        Row(
+            "90 days by hour, one model",
+            "s",
+            median(ours),
+            limit,
+            None,
+            "",
+            "<= 1.3 x limit, <= 1 s",
+            spread(ours),
+            holds,
+        ),
         Row("the same with stddev", "s", median(wider), None, None, "", "", spread(wider)),
     ]
     return table, [f"{rows:,} rows; DuckDB alone, by form of the question: {both}"]

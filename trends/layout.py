@@ -12,7 +12,7 @@ from deltalake import WriterProperties
 
 ORDER = ("digest", "series", "stream", "device", "bucket")
 ROW_GROUP = 65_536
-TRENDS_WRITER = WriterProperties(max_row_group_size=ROW_GROUP, compression="ZSTD", compression_level=3)
+WRITER = WriterProperties(max_row_group_size=ROW_GROUP, compression="ZSTD", compression_level=3)
 
 
 def sorted_trends(rows: pa.Table) -> pa.Table:

@@ -23,7 +23,13 @@ from trends.tables import NO_HOOKS, Tables
 TABLE = "models"
 _TIME = pa.timestamp("us", tz="UTC")
 _SEEN = pa.struct(
-    [("site", pa.string()), ("variant", pa.string()), ("first_seen", _TIME), ("last_seen", _TIME), ("rows", pa.int64())]
+    [
+        ("site", pa.string()),
+        ("variant", pa.string()),
+        ("first_seen", _TIME),
+        ("last_seen", _TIME),
+        ("rows", pa.int64()),
+    ]
 )
 SCHEMA = pa.schema(
     [
@@ -35,7 +41,9 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 #: What the manifest says; kept when a later refresh cannot reach the controller.
-_FROM_MANIFEST = tuple(name for name in SCHEMA.names if name not in ("digest", "first_seen", "last_seen", "seen"))
+_FROM_MANIFEST = tuple(
+    name for name in SCHEMA.names if name not in ("digest", "first_seen", "last_seen", "seen")
+)
 
 VACUUM_HOURS = 24
 
@@ -68,7 +76,8 @@ class Models:
         found = {
             row["digest"]
             for row in self.names().to_pylist()
-            if (models is None or row["model"] in models) and (versions is None or str(row["version"]) in versions)
+            if (models is None or row["model"] in models)
+            and (versions is None or str(row["version"]) in versions)
         }
         if not found:
             asked = " version ".join(", ".join(values) for values in (models, versions) if values is not None)

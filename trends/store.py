@@ -14,6 +14,7 @@ from edgeward.mqtt import Broker
 from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
+from trends.queries.engine import Engine
 from trends.query import Queries
 from trends.tables import Tables
 from trends.upkeep import Retention, Upkeep
@@ -34,6 +35,7 @@ class Store:
         self.journal = Journal(folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
         self.queries = Queries(self.tables, self.journal)
+        self.engine = Engine(self.tables, self.journal)
 
     def close(self) -> None:
         self.journal.close()

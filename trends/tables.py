@@ -17,7 +17,7 @@ from deltalake.exceptions import TableNotFoundError
 
 from edgeward.wire.topics import LANES
 from trends.journal import Journal
-from trends.layout import TRENDS_WRITER, sorted_trends
+from trends.layout import WRITER, sorted_trends
 from trends.local_files import LocalFolder
 from trends.schemas import PARTITIONS, TABLE_OF, gaps_to_arrow, to_arrow
 
@@ -110,7 +110,7 @@ class Tables:
             schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=PARTITIONS[table] or None,
             storage_options=self.options,
-            writer_properties=TRENDS_WRITER if table == "trends" else None,
+            writer_properties=WRITER,
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
             post_commithook_properties=NO_HOOKS,
         )

@@ -19,6 +19,7 @@ from edgeward.errors import (
     InvalidDocument,
     NotFound,
     Unavailable,
+    UsageError,
 )
 from edgeward.trust.tls import PeerTime, client_context
 
@@ -65,8 +66,11 @@ class Transport:
         ca_file: Path | None = None,
         credential_source: str = "",
         peer_time: PeerTime | None = None,
+        certificate: Path | None = None,
     ) -> None:
-        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong."""
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong;
+        `certificate` holds the client's own, with its key, in PEM.
+        """
         if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
@@ -76,6 +80,8 @@ class Transport:
         self._credential_source = credential_source
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
         self._verify = _context(self.base_url, ca_file, peer_time)
+        if certificate is not None:
+            _present(self._verify, certificate)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:
@@ -145,10 +151,12 @@ class Transport:
         self,
         path: str,
         *,
+        method: str = "GET",
+        content: bytes | None = None,
         headers: dict[str, str] | None = None,
         connected: Callable[[socket.socket], None] = lambda connection: None,
     ) -> Iterator[httpx.Response]:
-        """A GET whose body is read piece by piece by the caller, on a connection of its own.
+        """A request whose answer is read piece by piece by the caller, on a connection of its own.
 
         `connected` is given the connection as soon as there is one: a time-out is for one read each, so
         who wants to bound the whole must be able to end it.
@@ -162,7 +170,7 @@ class Transport:
             self._translated(path),
             self._new_client(limits=httpx.Limits(max_keepalive_connections=0)) as client,
             client.stream(
-                "GET", path, headers=self._headers(headers), extensions={"trace": trace}
+                method, path, content=content, headers=self._headers(headers), extensions={"trace": trace}
             ) as response,
         ):
             if response.status_code >= 400:
@@ -209,6 +217,13 @@ def _context(url: str, ca_file: Path | None, peer_time: PeerTime | None) -> ssl.
     if peer_time is not None:
         return client_context(peer_time, ca_file=ca_file, roots=usual.get_ca_certs(binary_form=True))
     return ssl.create_default_context(cafile=str(ca_file)) if ca_file else usual
+
+
+def _present(context: ssl.SSLContext, certificate: Path) -> None:
+    try:
+        context.load_cert_chain(certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{certificate}: holds no certificate with its key: {error}") from None
 
 
 def _is_address(text: str) -> bool:

@@ -111,7 +111,9 @@ def check_query(query: TrendQuery) -> Checked:
                 f"{name!r} is not a series", field="series", hint="expected output:NAME or feature:NAME"
             )
         if query.source == "results" and kind != "output":
-            raise InvalidDocument(f"{name!r} is not in results", field="series", hint="ask trends for features")
+            raise InvalidDocument(
+                f"{name!r} is not in results", field="series", hint="ask trends for features"
+            )
     _few("series", query.series)
     if len(set(query.group_by)) != len(query.group_by):
         raise InvalidDocument("a column stands there twice", field="groupBy")
@@ -121,7 +123,9 @@ def check_query(query: TrendQuery) -> Checked:
         raise InvalidDocument(f"more than {MAX_QUANTILES}", field="quantiles")
     for point in query.quantiles:
         if not 0 < point < 1:
-            raise InvalidDocument(f"{point!r} is no quantile", field="quantiles", hint="between 0 and 1, e.g. 0.95")
+            raise InvalidDocument(
+                f"{point!r} is no quantile", field="quantiles", hint="between 0 and 1, e.g. 0.95"
+            )
     if query.source == "results" and (query.quantiles or "histogram" in query.measures):
         raise InvalidDocument(
             "results have neither sketches nor histograms", field="source", hint="ask trends for them"
@@ -134,7 +138,9 @@ def check_lineage(query: LineageQuery) -> Checked:
     """Raises InvalidDocument."""
     if not 6 <= len(query.digest) <= 64 or set(query.digest) - set("0123456789abcdef"):
         raise InvalidDocument(
-            f"{query.digest[:80]!r} is not a digest", field="digest", hint="its first 6 to 64 hexadecimal digits"
+            f"{query.digest[:80]!r} is not a digest",
+            field="digest",
+            hint="its first 6 to 64 hexadecimal digits",
         )
     since, until = _range(query.since, query.until, query.filters, query.limit)
     return Checked(since, until, None)

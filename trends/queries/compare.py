@@ -34,7 +34,9 @@ def effect(before: Side, after: Side, figure: Figure) -> float:
     2 asin(sqrt(after)) - 2 asin(sqrt(before)). Infinite where neither time varies and the figure has changed.
     """
     if figure == "alarm-rate":
-        return 2 * math.asin(math.sqrt(min(1.0, after.figure))) - 2 * math.asin(math.sqrt(min(1.0, before.figure)))
+        return 2 * math.asin(math.sqrt(min(1.0, after.figure))) - 2 * math.asin(
+            math.sqrt(min(1.0, before.figure))
+        )
     change = after.figure - before.figure
     n = before.count + after.count
     pooled = math.sqrt((before.count * before.stddev**2 + after.count * after.stddev**2) / n) if n else 0.0
@@ -44,7 +46,13 @@ def effect(before: Side, after: Side, figure: Figure) -> float:
 
 
 def top_movers(
-    engine: Engine, query: TrendQuery, *, before_since: str, figure: Figure = "mean", quantile: float = 0.95, top: int = 20
+    engine: Engine,
+    query: TrendQuery,
+    *,
+    before_since: str,
+    figure: Figure = "mean",
+    quantile: float = 0.95,
+    top: int = 20,
 ) -> pa.Table:
     """The groups of `query` whose figure has changed most, by size of effect.
 
@@ -57,7 +65,9 @@ def top_movers(
     if not query.group_by:
         raise UsageError("top movers need --group-by", hint="e.g. --group-by site,stream")
     if figure not in FIGURES:
-        raise InvalidDocument(f"{figure!r} cannot be compared", field="figure", hint=f"one of {', '.join(FIGURES)}")
+        raise InvalidDocument(
+            f"{figure!r} cannot be compared", field="figure", hint=f"one of {', '.join(FIGURES)}"
+        )
     if len(query.series) != 1:
         raise UsageError("top movers need one series", hint="--series output:NAME")
     sides = []
@@ -99,7 +109,10 @@ def groups(
 ) -> dict[tuple[object, ...], Side]:
     """Every group of `query` over its whole time; groups without a figure are left out."""
     asked = msgspec.structs.replace(
-        query, rollup="", measures=["count", "mean", "stddev"], quantiles=[quantile] if figure == "quantile" else []
+        query,
+        rollup="",
+        measures=["count", "mean", "stddev"],
+        quantiles=[quantile] if figure == "quantile" else [],
     )
     alarms: dict[tuple[object, ...], int] = {}
     if figure == "alarm-rate":
@@ -169,7 +182,11 @@ def before_after(
     rows: list[dict[str, Any]] = []
     for place in engine.first_buckets(query, digest):
         at: int = place["at"]
-        filters: dict[Group, list[str]] = {**query.filters, "site": [place["site"]], "stream": [place["stream"]]}
+        filters: dict[Group, list[str]] = {
+            **query.filters,
+            "site": [place["site"]],
+            "stream": [place["stream"]],
+        }
         pair: list[dict[str, Any] | None] = []
         for period, first, last, wanted in (
             ("before", at - days * _SPAN_US, at, rivals),
@@ -211,10 +228,14 @@ def _effect(pair: list[dict[str, Any] | None]) -> float | None:
 def _rivals(engine: Engine, digest: str) -> list[str]:
     known = engine.models.names().to_pylist()
     own = next((row["model"] for row in known if row["digest"] == digest), None)
-    return [row["digest"] for row in known if row["digest"] != digest and (own is None or row["model"] == own)]
+    return [
+        row["digest"] for row in known if row["digest"] != digest and (own is None or row["model"] == own)
+    ]
 
 
 def _text(at: int) -> str:
     import datetime
 
-    return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=at)).isoformat()
+    return (
+        datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=at)
+    ).isoformat()

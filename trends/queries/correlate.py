@@ -1,13 +1,20 @@
-"""Whether two trends move together, and which one first. Pure. A hint where to look, never a proof."""
+"""Whether two trends move together, and which one first. A hint where to look, never a proof.
+
+`correlate` is pure; `correlation_of` asks for the trends first.
+"""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
 
+import msgspec
+import pyarrow as pa
 from msgspec import Struct
 
 from edgeward.errors import UsageError
+from edgeward.wire.trend_query import TrendQuery, check_query
+from trends.queries.engine import Engine
 
 MIN_PAIRS = 8
 _NORMAL = NormalDist()
@@ -104,3 +111,30 @@ def _interval(r: float, n: float, lags: int) -> tuple[float, float, float]:
     wide = _NORMAL.inv_cdf(0.975) * error
     p_value = min(1.0, lags * 2 * _NORMAL.cdf(-abs(z) / error))
     return math.tanh(z - wide), math.tanh(z + wide), p_value
+
+
+def correlation_of(
+    engine: Engine, query: TrendQuery, a: tuple[str, str], b: tuple[str, str], max_lag: int
+) -> pa.Table:
+    """The means of two (stream, series) per bucket of the query's rollup, correlated; see `correlate`.
+
+    Columns as in Correlation, and lag_seconds. Raises UsageError, InvalidDocument.
+    """
+    width = check_query(query).width
+    if width is None:
+        raise UsageError("a correlation needs buckets", hint="give --rollup, e.g. 10m")
+    sides = []
+    for stream, series in (a, b):
+        asked = msgspec.structs.replace(
+            query, series=[series], group_by=[], measures=["mean"], quantiles=[], limit=1_000_000,
+            filters={**query.filters, "stream": [stream]},
+        )  # fmt: skip
+        rows = engine.ask(asked)
+        starts = rows.column("start").cast(pa.int64()).to_pylist()
+        means = rows.column("mean").to_pylist()
+        sides.append(
+            {at // width: value for at, value in zip(starts, means, strict=True) if value is not None}
+        )
+    found = correlate(sides[0], sides[1], max_lag)
+    rows = [{"lag_seconds": item.lag * width / 1e6, **msgspec.structs.asdict(item)} for item in found]
+    return pa.Table.from_pylist(rows)

@@ -11,10 +11,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 import pyarrow as pa
 
 from edgeward.errors import EdgewardError, UsageError
@@ -25,7 +27,7 @@ from trends.models import Models
 from trends.queries.files import Wanted, data_files, local_path, prune
 from trends.queries.plan import NOTHING, Plan, answer_sql, conditions, details_sql, merged_sql, plan
 from trends.queries.pools import Details
-from trends.schemas import TABLE_OF, to_arrow
+from trends.schemas import TABLE_OF
 from trends.tables import Tables
 
 BATCH_ROWS = 16_384
@@ -67,6 +69,16 @@ class Stop:
             raise Stopped(self.why, hint="ask for a shorter time, a wider rollup or fewer groups")
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with the files to read and the rows that are in none yet; `elsewhere` when there is no folder."""
+
+    plan: Plan
+    files: list[str]
+    fresh: pa.Table
+    elsewhere: bool
+
+
 class Engine:
     """A read-only view of one trend store.
 
@@ -90,11 +102,11 @@ class Engine:
         with self._running(stop) as database:
             self._register(database, query.source, made.wanted)
             self.register_models(database)
-            answer = _arrow(database, answer_sql(made, merged_sql(made, made.rows)), made.parameters)
+            answer = arrow_of(database, answer_sql(made, merged_sql(made, made.rows)), made.parameters)
             if not made.details:
                 return answer
             details = merge_details(
-                made, _batches(database, details_sql(made), made.parameters), stop or Stop()
+                made, batches_of(database, details_sql(made), made.parameters), stop or Stop()
             )
         return with_details(made, answer, details)
 
@@ -134,8 +146,10 @@ class Engine:
                         held["rows"] += row["rows"]
         return list(found.values())
 
-    def count(self, table: str, group_by: list[Group], filters: dict[Group, list[str]], since: int, until: int) -> dict[tuple[object, ...], int]:
-        """Rows of `alarms` or `results` by group, `since` to `until` (microseconds since 1970)."""
+    def count(
+        self, table: str, group_by: list[Group], filters: dict[Group, list[str]], since: int, until: int
+    ) -> dict[tuple[object, ...], int]:
+        """Rows of `alarms` or `results` by group, `since` to `until` in microseconds since 1970."""
         filters = self._within_sites(filters)
         span = Checked(since, until, None)
         texts, parameters, wanted = conditions(filters, self.models.digests(filters), span, "event_time")
@@ -165,14 +179,12 @@ class Engine:
         with self._running(stop) as database:
             self._register(database, table, wanted)
             self.register_models(database)
-            for batch in _batches(database, sql, parameters):
+            for batch in batches_of(database, sql, parameters):
                 if stop is not None:
                     stop.check()
                 yield batch
 
     def _permitted(self, query: TrendQuery) -> TrendQuery:
-        import msgspec
-
         check_query(query)
         return msgspec.structs.replace(query, filters=self._within_sites(query.filters))
 
@@ -180,7 +192,10 @@ class Engine:
         if self._sites is None:
             return dict(filters)
         asked = filters.get("site")
-        return {**filters, "site": sorted(self._sites.intersection(asked) if asked is not None else self._sites)}
+        return {
+            **filters,
+            "site": sorted(self._sites.intersection(asked) if asked is not None else self._sites),
+        }
 
     @contextmanager
     def _running(self, stop: Stop | None) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -201,15 +216,22 @@ class Engine:
                 if stop is not None:
                     stop.watch(None)
 
-    def files(self, table: str, wanted: Wanted) -> list[str]:
-        """The data files in a local folder that can hold what is wanted."""
-        opened, _ = self._tables.snapshot(table)
-        root = Path(self._tables.uri(table))
-        return [] if opened is None else [local_path(root, file.path) for file in prune(data_files(opened), wanted)]
+    def prepare(self, query: TrendQuery) -> Prepared:
+        """All that another machine needs to answer a query. Raises InvalidDocument."""
+        query = self._permitted(query)
+        made = self.plan(query)
+        fresh, opened = self._waiting(query.source)
+        files = self._files(query.source, opened, made.wanted)
+        return Prepared(made, files or [], fresh, files is None)
 
-    def waiting(self, table: str) -> pa.Table:
-        """What is in the journal and not yet in the table."""
-        return self._waiting(table)[0]
+    def _files(self, table: str, opened: Any, wanted: Wanted) -> list[str] | None:
+        """The files in the tables' folder that can hold what is wanted; None when they are not in a folder."""
+        if opened is None:
+            return []
+        if self._tables.options is not None:
+            return None
+        root = Path(self._tables.uri(table))
+        return [local_path(root, file.path) for file in prune(data_files(opened), wanted)]
 
     def _waiting(self, table: str) -> tuple[pa.Table, Any]:
         # The journal is read before the table: a row that moves in between is seen twice, never
@@ -224,23 +246,23 @@ class Engine:
 
     def _register(self, database: duckdb.DuckDBPyConnection, table: str, wanted: Wanted) -> None:
         fresh, opened = self._waiting(table)
-        files: list[str] = []
-        if opened is not None and self._tables.options is None:
-            root = Path(self._tables.uri(table))
-            files = [local_path(root, file.path) for file in prune(data_files(opened), wanted)]
-        elif opened is not None:
+        files = self._files(table, opened, wanted)
+        if files is None:
             database.register("elsewhere", opened.to_pyarrow_dataset())
-            fresh_sql = "SELECT * FROM fresh UNION ALL BY NAME SELECT * FROM elsewhere"
             database.register("fresh", fresh)
-            database.execute(f"CREATE TEMP VIEW source AS {fresh_sql}")
-            return
-        make_source(database, files, fresh)
+            database.execute(
+                "CREATE TEMP VIEW source AS SELECT * FROM fresh UNION ALL BY NAME SELECT * FROM elsewhere"
+            )
+        else:
+            make_source(database, files, fresh)
 
 
 @contextmanager
 def connected(spill: str) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database of its own in memory, which spills into the folder `spill`."""
-    with duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT, "temp_directory": spill}) as database:
+    with duckdb.connect(
+        ":memory:", config={"memory_limit": MEMORY_LIMIT, "temp_directory": spill}
+    ) as database:
         database.execute("SET TimeZone='UTC'")
         database.execute("SET enable_progress_bar=false")
         yield database
@@ -259,17 +281,26 @@ def make_source(database: duckdb.DuckDBPyConnection, files: list[str], fresh: pa
     database.execute(f"CREATE TEMP VIEW source AS SELECT * FROM {read}{rows}")  # noqa: S608  # see above
 
 
-def _arrow(database: duckdb.DuckDBPyConnection, sql: str, parameters: tuple[object, ...]) -> pa.Table:
+def arrow_of(database: duckdb.DuckDBPyConnection, sql: str, parameters: tuple[object, ...]) -> pa.Table:
     return database.sql(sql, params=list(parameters)).to_arrow_table()
 
 
-def _batches(
+def batches_of(
     database: duckdb.DuckDBPyConnection, sql: str, parameters: tuple[object, ...]
 ) -> Iterator[pa.RecordBatch]:
-    yield from database.sql(sql, params=list(parameters)).to_arrow_reader(BATCH_ROWS)
+    """At least one, which may be empty: it has the columns."""
+    reader = database.sql(sql, params=list(parameters)).to_arrow_reader(BATCH_ROWS)
+    batch = next(reader, None)
+    if batch is None:
+        yield pa.RecordBatch.from_pylist([], schema=reader.schema)
+    else:
+        yield batch
+        yield from reader
 
 
-def merge_details(plan: Plan, batches: Iterator[pa.RecordBatch], stop: Stop) -> dict[tuple[object, ...], Details]:
+def merge_details(
+    plan: Plan, batches: Iterator[pa.RecordBatch], stop: Stop
+) -> dict[tuple[object, ...], Details]:
     """Sketches and histograms by key."""
     merged: dict[tuple[object, ...], Details] = {}
     for batch in batches:
@@ -307,5 +338,3 @@ def with_details(plan: Plan, answer: pa.Table, details: dict[tuple[object, ...],
 def quantile_name(point: float) -> str:
     """`p95` for 0.95, `p99.9` for 0.999."""
     return f"p{point * 100:.10g}"
-
-

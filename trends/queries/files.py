@@ -1,4 +1,4 @@
-"""Which data files can hold what is asked for, by the partition and the statistics in Delta's log. Pure but for `data_files`."""
+"""Which data files can hold what is asked for, by the partition and the statistics in Delta's log."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def data_files(opened: DeltaTable) -> list[File]:
     Raises InvalidDocument for a path that leads out of the table.
     """
     actions = opened.get_add_actions(flatten=True)
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Any] = {
         name: actions.column(index).to_pylist()
         for index, name in enumerate(actions.schema.names)
         if name in ("path", "num_records", "partition.date") or name.partition(".")[2] in COLUMNS
@@ -89,7 +89,7 @@ def data_files(opened: DeltaTable) -> list[File]:
     return found
 
 
-def _bounds(columns: dict[str, list[Any]], which: str, at: int) -> dict[str, str]:
+def _bounds(columns: dict[str, Any], which: str, at: int) -> dict[str, str]:
     return {
         name: str(columns[key][at])
         for name in COLUMNS

@@ -12,6 +12,7 @@ from trends.queries.files import Wanted
 NOTHING = "nothing"
 #: Where buckets of any width begin: a Monday, so that weeks do.
 ORIGIN_US = 345_600_000_000
+_WHOLE = 64
 _MODEL = ("model", "version")
 _OWN = tuple(name for name in GROUPS if name not in _MODEL)
 
@@ -58,8 +59,9 @@ def conditions(
         wanted = filters[name]
         values[name] = wanted
         if name == "digest":
-            texts.append("(" + (" OR ".join("starts_with(digest, ?)" for _ in wanted) or "false") + ")")
-            parameters += wanted
+            texts.append("(" + (" OR ".join(_digest(value) for value in wanted) or "false") + ")")
+            for value in wanted:
+                parameters += [value] if len(value) == _WHOLE else [value, value, value + "g"]
         else:
             texts.append(_one_of(name, wanted))
             parameters += wanted
@@ -73,6 +75,11 @@ def conditions(
             texts.append(f"{time} {sign} make_timestamptz(?::BIGINT)")
             parameters.append(at)
     return texts, parameters, Wanted(checked.since, checked.until, values)
+
+
+def _digest(value: str) -> str:
+    # A range, besides: it is what row groups are held against; "g" is above every hexadecimal digit.
+    return "digest = ?" if len(value) == _WHOLE else "(starts_with(digest, ?) AND digest >= ? AND digest < ?)"
 
 
 def _one_of(name: str, values: list[str]) -> str:
@@ -90,7 +97,7 @@ def plan(query: TrendQuery, checked: Checked, digests: Iterable[str] | None) -> 
     if trends:
         filters["series"] = query.series
     texts, parameters, wanted = conditions(filters, digests, checked, time)
-    keys = tuple(query.group_by)
+    keys: tuple[str, ...] = tuple(query.group_by)
     names = [_key(name) for name in keys]
     if checked.width is not None:
         # Arithmetic, since calendars of time zones are ten times slower and the width is never a month.
@@ -107,10 +114,8 @@ def plan(query: TrendQuery, checked: Checked, digests: Iterable[str] | None) -> 
             " value AS minimum, value AS maximum"
         )
         # Each result has its outputs together; one row for each that is asked for.
-        source = (
-            "(SELECT *, outputs[substr(series, 8)] AS value FROM source,"
-            f" (SELECT unnest([{', '.join('?' * len(query.series))}]) AS series))"
-        )
+        marks = ", ".join("?" * len(query.series))
+        source = f"(SELECT *, outputs[substr(series, 8)] AS value FROM source, (SELECT unnest([{marks}]) AS series))"  # noqa: S608
         before = list(query.series)
     where = f" WHERE {' AND '.join(texts)}" if texts else ""
     rows = f"SELECT {''.join(name + ', ' for name in names)}{merged} FROM {source}{join}{where}"  # noqa: S608  # see above
@@ -159,13 +164,15 @@ def answer_sql(plan: Plan, merged: str) -> str:
     columns = [*plan.keys, *(_SCALAR[measure] for measure in plan.measures if measure in _SCALAR)]
     order = ", ".join(sorted(plan.keys, key=lambda key: key != "start"))
     ordered = f" ORDER BY {order}" if order else ""
-    return f"SELECT {', '.join(columns) or f'1 AS {NOTHING}'} FROM ({merged}){ordered} LIMIT {int(plan.limit)}"  # noqa: S608
+    return (
+        f"SELECT {', '.join(columns) or f'1 AS {NOTHING}'} FROM ({merged}){ordered} LIMIT {int(plan.limit)}"  # noqa: S608
+    )
 
 
 def details_sql(plan: Plan) -> str:
     """Sketches and histograms, sorted by key."""
     order = ", ".join(sorted(plan.keys, key=lambda key: key != "start"))
-    columns = ["\"count\"", "edges", "histogram" if "histogram" in plan.measures else "NULL AS histogram"]
+    columns = ['"count"', "edges", "histogram" if "histogram" in plan.measures else "NULL AS histogram"]
     columns.append("sketch" if plan.quantiles else "NULL AS sketch")
     ordered = f" ORDER BY {order}" if order else ""
-    return f"SELECT {', '.join([*plan.keys, *columns])} FROM ({plan.rows}) WHERE \"count\" > 0{ordered}"  # noqa: S608
+    return f'SELECT {", ".join([*plan.keys, *columns])} FROM ({plan.rows}) WHERE "count" > 0{ordered}'  # noqa: S608

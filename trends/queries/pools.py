@@ -95,7 +95,9 @@ class Pool:
         passed = 0
         for value, weight in pooled:
             passed += weight
-            while len(found) < len(waiting) and passed >= max(1, math.ceil(waiting[len(found)] * self._total)):
+            while len(found) < len(waiting) and passed >= max(
+                1, math.ceil(waiting[len(found)] * self._total)
+            ):
                 found[waiting[len(found)]] = value
         return [found[point] for point in at]
 
