@@ -131,7 +131,7 @@ def alone(folder: Path, hour: str) -> int:
     with duckdb.connect() as database:
         database.execute("SET TimeZone='UTC'")
         until = (FIRST + datetime.timedelta(days=DAYS)).date().isoformat()
-        values = [str(folder / "trends" / "*" / "*.parquet"), _digest(3), FIRST.date().isoformat(), until]
+        values = [str(folder / "trends" / "date=*" / "*.parquet"), _digest(3), FIRST.date().isoformat(), until]
         return len(database.execute(_ALONE.format(hour=hour), values).fetchall())
 
 

@@ -27,7 +27,7 @@ from trends.models import Models
 from trends.queries.files import Wanted, data_files, local_path, prune
 from trends.queries.plan import NOTHING, Plan, answer_sql, conditions, details_sql, merged_sql, plan
 from trends.queries.pools import Details
-from trends.schemas import TABLE_OF
+from trends.schemas import TABLE_OF, to_arrow
 from trends.tables import Tables
 
 BATCH_ROWS = 16_384
