@@ -22,7 +22,7 @@ ROWS_SHOWN = 200
 def batches_of(answer: pa.Table) -> Iterator[pa.RecordBatch]:
     if not answer.num_rows:
         yield pa.RecordBatch.from_pylist([], schema=answer.schema)
-    yield from answer.tobatches_of(max_chunksize=16_384)
+    yield from answer.to_batches(max_chunksize=16_384)
 
 
 def note(text: str) -> None:

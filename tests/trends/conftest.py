@@ -59,7 +59,9 @@ class Plant:
         sketch = datasketches.kll_floats_sketch(200)
         sketch.update(array.astype(np.float32))
         mean = float(array.mean()) if values else 0.0
-        histogram = np.bincount(np.searchsorted(edges, array, side="right"), minlength=len(edges) + 1).tolist()
+        histogram = np.bincount(
+            np.searchsorted(edges, array, side="right"), minlength=len(edges) + 1
+        ).tolist()
         return TrendRow(
             self.start + minute * self.minute, self.minute, stream, 1, digest, variant, "CPU", series, len(values),
             missing, mean, float(((array - mean) ** 2).sum()), float(array.min()) if values else 0.0,

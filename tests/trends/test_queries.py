@@ -44,11 +44,23 @@ def test_figures_are_those_of_all_values_and_late_ones_count_where_they_belong(p
 def test_rows_without_values_count_as_missing_and_change_nothing_else(plant: Any) -> None:
     plant.put(plant.trend(0, [5.0, 7.0]), plant.trend(1, [], missing=4))
     (row,) = ask(plant, quantiles=[0.5])
-    assert (row["count"], row["missing"], row["mean"], row["minimum"], row["maximum"]) == (2, 4, 6.0, 5.0, 7.0)
+    assert (row["count"], row["missing"], row["mean"], row["minimum"], row["maximum"]) == (
+        2,
+        4,
+        6.0,
+        5.0,
+        7.0,
+    )
     assert row["stddev"] == 1.0 and row["p50"] == 5.0
     plant.put(plant.trend(1500, [], missing=2))
     _, empty = ask(plant, rollup="1d")
-    assert (empty["count"], empty["missing"], empty["mean"], empty["stddev"], empty["maximum"]) == (0, 2, None, None, None)
+    assert (empty["count"], empty["missing"], empty["mean"], empty["stddev"], empty["maximum"]) == (
+        0,
+        2,
+        None,
+        None,
+        None,
+    )
 
 
 def test_weeks_begin_on_monday(plant: Any) -> None:
@@ -65,7 +77,9 @@ def test_histograms_add_up_and_are_null_where_edges_differ(plant: Any) -> None:
 
 
 def test_groups_and_filters(plant: Any) -> None:
-    plant.put(plant.trend(0, [1.0]), plant.trend(0, [2.0], digest=plant.new), plant.trend(0, [3.0], stream="oven"))
+    plant.put(
+        plant.trend(0, [1.0]), plant.trend(0, [2.0], digest=plant.new), plant.trend(0, [3.0], stream="oven")
+    )
     plant.put(plant.trend(0, [9.0], digest=plant.new), site="south")
     by_site = ask(plant, group_by=["site", "stream"], measures=["count"])
     assert by_site == [
@@ -87,7 +101,11 @@ def test_groups_and_filters(plant: Any) -> None:
 
 
 def test_models_group_and_filter_by_what_the_dimension_knows(plant: Any) -> None:
-    plant.put(plant.trend(0, [1.0]), plant.trend(0, [2.0], digest=plant.new), plant.trend(0, [3.0], digest=plant.other))
+    plant.put(
+        plant.trend(0, [1.0]),
+        plant.trend(0, [2.0], digest=plant.new),
+        plant.trend(0, [3.0], digest=plant.other),
+    )
     with pytest.raises(NotFound, match="models --refresh"):
         ask(plant, filters={"model": ["pump"]})
     known = dimension(plant.engine.seen(), plant.engine.models.table(), {}).to_pylist()
@@ -107,7 +125,13 @@ def test_results_are_asked_the_same_way(plant: Any) -> None:
     plant.put(plant.result(0, 1.0), plant.result(1, 3.0), plant.result(2, 9.0, digest=plant.new))
     (row,) = ask(plant, source="results", filters={"digest": [plant.old]}, measures=ALL)
     assert (row["count"], row["mean"], row["stddev"], row["maximum"]) == (2, 2.0, 1.0, 3.0)
-    two = ask(plant, source="results", series=["output:score", "output:none"], group_by=["series"], measures=["count", "missing"])
+    two = ask(
+        plant,
+        source="results",
+        series=["output:score", "output:none"],
+        group_by=["series"],
+        measures=["count", "missing"],
+    )
     assert two == [
         {"series": "output:none", "count": 0, "missing": 3}, {"series": "output:score", "count": 3, "missing": 0}
     ]  # fmt: skip
@@ -129,14 +153,20 @@ def test_an_older_file_without_a_column_is_read(plant: Any) -> None:
 def test_only_files_that_can_hold_the_answer_are_opened(plant: Any) -> None:
     for day in range(4):
         plant.put(plant.trend(day * 1440, [1.0], digest=(plant.old, plant.new)[day % 2]))
-    query = TrendQuery(series=["output:score"], since="2026-03-03", until="2026-03-05", filters={"digest": [plant.new[:8]]})
+    query = TrendQuery(
+        series=["output:score"], since="2026-03-03", until="2026-03-05", filters={"digest": [plant.new[:8]]}
+    )
     prepared = plant.engine.prepare(query)
     assert len(prepared.files) == 1 and "date=2026-03-03" in prepared.files[0]
     assert len(plant.engine.prepare(TrendQuery(series=["output:score"])).files) == 4
     assert plant.engine.prepare(TrendQuery(series=["output:other"])).files == []
 
 
-@given(st.sets(st.text("abc", min_size=1, max_size=4), min_size=1), st.text("abc", min_size=1, max_size=4), st.integers(1, 4))
+@given(
+    st.sets(st.text("abc", min_size=1, max_size=4), min_size=1),
+    st.text("abc", min_size=1, max_size=4),
+    st.integers(1, 4),
+)
 def test_pruning_never_loses_a_file_that_holds_the_value(held: set[str], wanted: str, cut: int) -> None:
     """Statistics may be cut off, a value may be the beginning of one."""
     file = File("f", "2026-03-02", 1, {"digest": min(held)[:cut]}, {"digest": max(held)[:cut]})
@@ -158,14 +188,20 @@ def test_a_reader_of_some_sites_sees_no_other(plant: Any) -> None:
     assert ask(plant, group_by=["site"], measures=["mean"]) == [{"site": "south", "mean": 2.0}]
     assert ask(plant, filters={"site": ["north"]}) == []
     assert ask(plant, source="results", measures=["mean"]) == [{"mean": 2.0}]
-    rows = [row for batch in plant.engine.lineage(LineageQuery(digest=plant.old)) for row in batch.to_pylist()]
+    rows = [
+        row for batch in plant.engine.lineage(LineageQuery(digest=plant.old)) for row in batch.to_pylist()
+    ]
     assert [row["site"] for row in rows] == ["south"]
     assert plant.engine.count("results", ["site"], {}, plant.start, plant.start + 1) == {("south",): 1}
 
 
 def test_lineage_has_every_prediction_in_order_of_time(plant: Any) -> None:
-    plant.put(*(plant.result(minute, 1.0, digest=(plant.old, plant.new)[minute % 2]) for minute in (5, 3, 2, 1, 0)))
-    rows = [row for batch in plant.engine.lineage(LineageQuery(digest=plant.new[:6])) for row in batch.to_pylist()]
+    plant.put(
+        *(plant.result(minute, 1.0, digest=(plant.old, plant.new)[minute % 2]) for minute in (5, 3, 2, 1, 0))
+    )
+    rows = [
+        row for batch in plant.engine.lineage(LineageQuery(digest=plant.new[:6])) for row in batch.to_pylist()
+    ]
     assert [row["source_seq"] for row in rows] == [1, 3, 5]
     assert rows[0]["outputs"] == [("score", 1.0)] and rows[0]["provider"] == "CPU"
     (none,) = plant.engine.lineage(LineageQuery(digest=plant.other))
@@ -238,8 +274,13 @@ def test_nothing_that_a_person_wrote_is_in_the_sql(values: list[str], name: str)
     assert duckdb.extract_statements(made.rows)
 
 
-@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 50)), min_size=1, max_size=300), st.integers(1, 40))
-def test_summing_up_keeps_the_weight_and_moves_ranks_by_half_a_share(items: list[tuple[float, int]], points: int) -> None:
+@given(
+    st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 50)), min_size=1, max_size=300),
+    st.integers(1, 40),
+)
+def test_summing_up_keeps_the_weight_and_moves_ranks_by_half_a_share(
+    items: list[tuple[float, int]], points: int
+) -> None:
     made = summed_up(list(items), points)
     total = sum(weight for _, weight in items)
     assert sum(weight for _, weight in made) == total and len(made) <= points
