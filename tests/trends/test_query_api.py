@@ -202,16 +202,14 @@ def test_with_a_client_ca_only_its_certificates_get_through(
     running = serve(tls=tls_context(tmp_path / "server.pem", tmp_path / "server.pem", tmp_path / "ca.pem"))
     token, url = running.token(), f"https://127.0.0.1:{running.port}"
     for certificate in (None, tmp_path / "stranger.pem"):
-        with TrendClient(url, token, ca_file=tmp_path / "ca.pem", certificate=certificate) as client:
-            with pytest.raises(Unavailable):
-                client.query(SCORE)
+        outsider = TrendClient(url, token, ca_file=tmp_path / "ca.pem", certificate=certificate)
+        with outsider as client, pytest.raises(Unavailable):
+            client.query(SCORE)
     with TrendClient(url, token, ca_file=tmp_path / "ca.pem", certificate=tmp_path / "member.pem") as client:
         assert client.query(SCORE).num_rows == 0
-    with TrendClient(
-        url, "wrong", ca_file=tmp_path / "ca.pem", certificate=tmp_path / "member.pem"
-    ) as client:
-        with pytest.raises(Forbidden):
-            client.query(SCORE)
+    member = TrendClient(url, "wrong", ca_file=tmp_path / "ca.pem", certificate=tmp_path / "member.pem")
+    with member as client, pytest.raises(Forbidden):
+        client.query(SCORE)
 
 
 def _other_ca(now: float) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pyarrow as pa
@@ -169,7 +169,7 @@ def test_a_trend_that_follows_another_is_found_at_its_lag(plant: Any, run: Run) 
 
 
 class Artifacts(http.server.BaseHTTPRequestHandler):
-    held: dict[str, bytes] = {}
+    held: ClassVar[dict[str, bytes]] = {}
 
     def do_GET(self) -> None:
         body = self.held.get(self.path.rpartition("/")[2])
