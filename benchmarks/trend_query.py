@@ -4,7 +4,7 @@
 
 The rows are synthetic, one minute each, in 90 days: 16 models on 96 devices with 8 series each. They are
 written once to a temporary folder as the store's compaction leaves them (Delta, a file a day, made of commits
-that are sorted each), and removed afterwards; about 1.3 GB, without sketches, which the question does not read.
+that are sorted each), and removed afterwards; about 1.7 GB, without sketches, which the question does not read.
 The question: 90 days of one model's score, by hour. DuckDB alone gets all files and the same question as a
 person would write it; it is also asked in the form that this product uses, and the faster of the two is the
 limit.
