@@ -15,6 +15,7 @@ from trends.databases import Postgres
 from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
+from trends.queries.engine import Engine
 from trends.query import Queries
 from trends.quota import Quota
 from trends.tables import Tables
@@ -42,6 +43,7 @@ class Store:
         self.journal = Journal(Postgres(journal) if journal else folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
         self.queries = Queries(self.tables, self.journal)
+        self.engine = Engine(self.tables, self.journal)
 
     def close(self) -> None:
         self.journal.close()

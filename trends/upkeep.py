@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from deltalake import CommitProperties, DeltaTable
 
 from edgeward.errors import UsageError
+from trends.layout import WRITER
 from trends.local_files import MARK
 from trends.schemas import PARTITIONS
 from trends.tables import NO_HOOKS, Tables
@@ -123,6 +124,7 @@ class Upkeep:
                 partition_filters=[("date", "=", day)] if day else None,
                 target_size=self._limits.target_bytes,
                 max_concurrent_tasks=1,
+                writer_properties=WRITER,
                 commit_properties=_OURS,
                 post_commithook_properties=NO_HOOKS,
             )

@@ -20,6 +20,7 @@ from edgeward.errors import (
     InvalidDocument,
     NotFound,
     Unavailable,
+    UsageError,
 )
 from edgeward.trust.tls import PeerTime, client_context
 
@@ -67,10 +68,10 @@ class Transport:
         credential_source: str = "",
         peer_time: PeerTime | None = None,
         context: ssl.SSLContext | None = None,
+        certificate: Path | None = None,
     ) -> None:
-        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong.
-
-        `context` decides about TLS instead of both.
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong;
+        `certificate` holds the client's own, with its key, in PEM. `context` decides about TLS instead of all.
         """
         if not _is_address(base_url):
             raise InvalidDocument(
@@ -82,6 +83,8 @@ class Transport:
         self._timeout = _timeout(timeout)
         self._peer_time = peer_time
         self._verify = context or _context(self.base_url, ca_file, peer_time)
+        if certificate is not None:
+            _present(self._verify, certificate)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:
@@ -141,11 +144,13 @@ class Transport:
         self,
         path: str,
         *,
+        method: str = "GET",
+        content: bytes | None = None,
         headers: dict[str, str] | None = None,
         connected: Callable[[socket.socket], None] = lambda connection: None,
         elsewhere: bool = False,
     ) -> Iterator[httpx.Response]:
-        """A GET whose body is read piece by piece by the caller, on a connection of its own.
+        """A request whose answer is read piece by piece by the caller, on a connection of its own.
 
         `connected` is given each connection as soon as there is one: a time-out is for one read each, so
         who wants to bound the whole must be able to end it. With `elsewhere` the answer may be at another
@@ -153,7 +158,7 @@ class Transport:
         never sees the credential, and may no longer like the address, which is then asked for once more.
         """
         for last in (False, True):
-            with self._get(path, headers, connected) as response:
+            with self._ask(method, path, content, headers, connected) as response:
                 if not elsewhere or response.status_code not in redirect.STATUS:
                     yield response
                     return
@@ -167,14 +172,19 @@ class Transport:
                 return
 
     @contextmanager
-    def _get(
-        self, path: str, headers: dict[str, str] | None, connected: Callable[[socket.socket], None]
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: dict[str, str] | None,
+        connected: Callable[[socket.socket], None],
     ) -> Iterator[httpx.Response]:
         with (
             _translated(f"{self.base_url}{path}"),
             self._new_client(limits=httpx.Limits(max_keepalive_connections=0)) as client,
             client.stream(
-                "GET", path, headers=self._headers(headers), extensions=_tracing(connected)
+                method, path, content=content, headers=self._headers(headers), extensions=_tracing(connected)
             ) as response,
         ):
             if response.status_code >= 400:
@@ -301,6 +311,13 @@ def _system_context(url: str, peer_time: PeerTime | None) -> ssl.SSLContext:
 
 def _roots() -> list[bytes]:
     return httpx.create_ssl_context(trust_env=False).get_ca_certs(binary_form=True)
+
+
+def _present(context: ssl.SSLContext, certificate: Path) -> None:
+    try:
+        context.load_cert_chain(certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{certificate}: holds no certificate with its key: {error}") from None
 
 
 def _is_address(text: str) -> bool:
