@@ -16,14 +16,18 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 
+from agent.holds import Holds, placed
 from agent.slots.activation import Setup
+from agent.slots.gate import Gate
 from agent.slots.shadow import Tally
 from agent.slots.shadows import Shadows
 from agent.slots.slots import Slots
 from agent.state import State
-from edgeward.clock import SystemClock
+from agent.trusted_clock import Moment
+from edgeward.clock import ManualClock, SystemClock
 from edgeward.wire.desired import ModelRef, SlotTarget
-from edgeward.wire.reports import Phase, SlotReport
+from edgeward.wire.reports import Hold, Phase, SlotReport
+from edgeward.wire.schedule import ActivationTerms
 from edgeward.wire.slots import ShadowPolicy, SlotPolicy
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -218,6 +222,42 @@ def test_a_good_candidate_enters_after_it_has_agreed(rig: Rig, one: ModelRef, un
         acting is not None and acting.tap.observer is None and psutil.Process(acting.runner.pid).nice() < 19
     )
     assert worker.pid is None, "the shadow's worker has ended"
+
+
+@pytest.mark.parametrize("how", ["closed", "held"])
+def test_hours_do_not_hold_up_a_run_that_switches_nothing(
+    tmp_path: Path, releaser: Any, engine: Any, models: Any, until: Any, how: str
+) -> None:
+    """It runs ahead of its time, waits as Staged or Held, and is not run again when it may act."""
+    clock, holds = ManualClock(1_790_000_000.0), Holds(tmp_path)
+    slots = Slots(
+        State(tmp_path / "state.db"), releaser, engine, {"onnx": "onnxruntime 1"}, SystemClock(), lambda: None,
+        Setup(machine="here", seconds=0.05), gate=Gate(lambda: Moment(clock.now()), holds),
+    )  # fmt: skip
+    slots.start()
+    policy = SlotPolicy(shadow=ShadowPolicy(sample=1.0, inferences=40, cpu=1.0))
+    terms = ActivationTerms(at=clock.now() + 60) if how == "closed" else ActivationTerms()
+    one = releaser.release(1, ("only", models["fast"]))
+    two = releaser.release(2, ("only", good()))
+    try:
+        slots.wish({"default": SlotTarget(one, None, policy)})
+        until(lambda: slots.report()["default"].phase is Phase.ACTIVE)
+        with Traffic(slots) as traffic:
+            slots.wish({"default": SlotTarget(two, None, policy, terms)})
+            until(lambda: slots.report()["default"].phase is Phase.SHADOW)
+            if how == "held":
+                holds.change(lambda before: placed(before, Hold("", "anna", "audit", clock.now(), None)))
+            waits = Phase.STAGED if how == "closed" else Phase.HELD
+            got = until(lambda: (now := slots.report()["default"]).phase is waits and now)
+            assert (got.running, got.target) == (one, two) and got.shadow and got.shadow.state == "passed"
+            opened = len(engine.opened)
+            clock.advance(60)
+            holds.change(lambda before: ())
+            until(lambda: slots.report()["default"].running == two)
+            assert [name for name, *_ in engine.opened[opened:]] == ["m:2"], "tested, and not shadowed again"
+        assert traffic.wrong == []
+    finally:
+        slots.stop()
 
 
 BAD: dict[str, tuple[Callable[[], bytes], dict[str, Any], dict[str, Any], str]] = {
