@@ -95,7 +95,9 @@ class Store:
             ingester.start()
             ready.set()
             try:
-                self._flush_until(stop, ingest, Upkeep(self.tables, retention or Retention()), clock)
+                self._flush_until(
+                    stop, ingest, Upkeep(self.tables, retention or Retention(), scratch=self.folder), clock
+                )
             finally:
                 ingester.stop()
                 if self.journal.leads():
