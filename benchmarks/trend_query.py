@@ -3,8 +3,8 @@
     python -m benchmarks.trend_query [--quick] [--folder DIR] [--json FILE]
 
 The rows are synthetic, one minute each, in 90 days: 16 models on 96 devices with 8 series each. They are
-written once to a temporary folder as the store's upkeep leaves
-a day that is over (Delta, a file a day, sorted as a whole), and removed afterwards; about 1.7 GB, without sketches, which the question does not read.
+written once to a temporary folder as the store's upkeep leaves a day that is over (Delta, a file a day, sorted
+as a whole), and removed afterwards; about 1.7 GB, without sketches, which the question does not read.
 The question: 90 days of one model's score, by hour. DuckDB alone gets all files and the same question as a
 person would write it; it is also asked in the form that this product uses, and the faster of the two is the
 limit.
