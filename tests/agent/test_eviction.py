@@ -31,7 +31,7 @@ from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.rows import TrendRow, encode_rows, split_rows
 from edgeward.wire.topics import LANES, Lane
 from tests.agent.outboxes import EVENT_US, row
-from trends.quantiles import quantiles
+from trends.queries.pools import Pool
 
 POLICIES: dict[Lane, LanePolicy] = {
     "alarm": LanePolicy(bytes=100, priority=40),
@@ -205,9 +205,13 @@ def test_a_merged_row_is_the_row_of_all_values(parts: list[list[float]]) -> None
     assert merged.mean == pytest.approx(whole.mean, rel=1e-9, abs=1e-6)
     assert merged.m2 == pytest.approx(whole.m2, rel=1e-9, abs=1e-3)
     if flat:
-        assert quantiles([(merged.count, merged.sketch)], (0.0, 0.5, 1.0)) == quantiles(
-            [(whole.count, whole.sketch)], (0.0, 0.5, 1.0)
-        )
+        assert quantiles(merged) == quantiles(whole)
+
+
+def quantiles(row: TrendRow) -> list[float | None]:
+    pool = Pool()
+    pool.add(row.count, row.sketch)
+    return pool.quantiles((0.0, 0.5, 1.0))
 
 
 def test_quantiles_of_a_part_are_not_passed_off_as_those_of_the_whole() -> None:

@@ -389,7 +389,7 @@ def test_one_beside_runs_for_as_long_as_it_is_wished_and_never_acts(
         three = rig.releaser.release(3, ("only", good()))
         rig.wish(three, beside=two, inferences=10)
         until(lambda: rig.report().running == three)
-        beside = until(lambda: run.shadowing is not rig.run().shadowing and rig.run())
+        beside = until(lambda: (now := rig.run()) is not None and now.shadowing is not run.shadowing and now)
         until(lambda: beside.shadowing._tally.seen > 10)
         assert beside.incumbent is rig.slots.active("default") and rig.report().phase is Phase.ACTIVE
         rig.wish(three, inferences=10)

@@ -120,7 +120,8 @@ EARLY: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
 def test_what_is_bad_before_it_acts_never_becomes_active(
     plant: Plant, good: ModelRef, what: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "START_DEADLINE", 5.0)
+    if what == "hang":  # for the others it says nothing how long a busy machine takes
+        monkeypatch.setattr(worker, "START_DEADLINE", 5.0)
     reason, policy = EARLY[(what, place)]
     ref = plant.releaser.release(2, ("only", bad(what, place)))
     got = plant.wish(ref, **policy)

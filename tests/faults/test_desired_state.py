@@ -36,6 +36,7 @@ from edgeward.trust.keys import generate_key, load_or_create, public_pem
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState, ModelRef, SlotTarget, encode
 from edgeward.wire.enrollment import EnrollResponse, TrustBundle
+from edgeward.wire.schedule import Delivery
 from tests.faults.conftest import head
 
 ME = DeviceName("north", "turbine-1")
@@ -98,9 +99,9 @@ class Device:
         self.applied: list[int] = []
         wish = self.daemon.slots.wish
 
-        def wished(slots: dict[str, SlotTarget]) -> None:
+        def wished(slots: dict[str, SlotTarget], delivery: Delivery | None = None) -> None:
             self.applied.append(slots["default"].active.version)
-            wish(slots)
+            wish(slots, delivery)
 
         self.daemon.slots.wish = wished  # type: ignore[method-assign]
 
