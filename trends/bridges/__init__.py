@@ -1,0 +1,1 @@
+"""Bridges: what the trend store has stored, handed on to other systems."""
