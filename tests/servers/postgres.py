@@ -26,33 +26,51 @@ def _as_postgres() -> list[str]:
     return ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
 
 
+class PostgresServer:
+    """A fresh server on a free port of loopback; `crash` is its kill -9, after which it recovers."""
+
+    def __init__(self, *, fsync: bool = False) -> None:
+        binaries = _postgres_folder()
+        if binaries is None:
+            pytest.skip("no PostgreSQL server binaries in /usr/lib/postgresql")
+        pytest.importorskip("psycopg")
+        # Not below pytest's folder, which the user postgres may not enter.
+        self._base = Path(tempfile.mkdtemp(prefix="edgeward-pg-"))
+        run = _as_postgres()
+        if run:
+            shutil.chown(self._base, "postgres")
+        data, self.port = self._base / "data", free_port()
+        subprocess.run(
+            [*run, str(binaries / "initdb"), "-D", str(data), "-A", "trust", "-U", "edgeward", "--no-sync"],
+            check=True, capture_output=True, cwd="/",
+        )  # fmt: skip
+        self._options = f"-p {self.port} -k {self._base} -c listen_addresses=127.0.0.1 -c fsync={'on' if fsync else 'off'}"
+        self._control = [*run, str(binaries / "pg_ctl"), "-D", str(data)]
+        self.url = f"postgresql+psycopg://edgeward@127.0.0.1:{self.port}/postgres"
+        self.start()
+
+    def start(self) -> None:
+        subprocess.run(
+            [*self._control, "-w", "-l", str(self._base / "log"), "-o", self._options, "start"],
+            check=True, cwd="/", stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def crash(self) -> None:
+        subprocess.run([*self._control, "-m", "immediate", "stop"], check=False, capture_output=True, cwd="/")
+
+    def remove(self) -> None:
+        self.crash()
+        shutil.rmtree(self._base, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a fresh PostgreSQL server."""
-    binaries = _postgres_folder()
-    if binaries is None:
-        pytest.skip("no PostgreSQL server binaries in /usr/lib/postgresql")
-    pytest.importorskip("psycopg")
-    # Not below pytest's folder, which the user postgres may not enter.
-    base = Path(tempfile.mkdtemp(prefix="edgeward-pg-"))
-    if _as_postgres():
-        shutil.chown(base, "postgres")
-    data, port = base / "data", free_port()
-    run = _as_postgres()
-    subprocess.run(
-        [*run, str(binaries / "initdb"), "-D", str(data), "-A", "trust", "-U", "edgeward", "--no-sync"],
-        check=True, capture_output=True, cwd="/",
-    )  # fmt: skip
-    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
-    control = [*run, str(binaries / "pg_ctl"), "-D", str(data)]
-    log = base / "log"
-    subprocess.run([*control, "-w", "-l", str(log), "-o", options, "start"], check=True, cwd="/",
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    server = PostgresServer()
     try:
-        yield f"postgresql+psycopg://edgeward@127.0.0.1:{port}/postgres"
+        yield server.url
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=False, capture_output=True, cwd="/")
-        shutil.rmtree(base, ignore_errors=True)
+        server.remove()
 
 
 @pytest.fixture

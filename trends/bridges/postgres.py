@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -76,8 +76,17 @@ def _text(value: str) -> str:
 class PostgresTarget:
     """A schema of a database. One connection, made again when it is lost."""
 
-    def __init__(self, url: str, bridge: str, schema: str = "edgeward") -> None:
+    def __init__(
+        self,
+        url: str,
+        bridge: str,
+        schema: str = "edgeward",
+        *,
+        between: Callable[[str], None] = lambda step: None,
+    ) -> None:
         """`url` is `postgresql://user@host:port/database`; a password comes best from PGPASSFILE.
+
+        `between` is called in the transaction, before its end (fault tests).
 
         Raises UsageError for another kind of address, MissingDependency. Connects when it is first needed.
         """
@@ -100,6 +109,7 @@ class PostgresTarget:
         self._connection: psycopg.Connection | None = None
         self._known: dict[str, dict[str, str]] = {}
         self._timescale = False
+        self._between = between
 
     def close(self) -> None:
         if self._connection is not None:
@@ -121,6 +131,7 @@ class PostgresTarget:
             if rows.num_rows:
                 self._declare(table, rows.schema)
                 self._insert(table, rows)
+            self._between("inserted")
 
     def _move(self, table: str, before: Position, after: Position) -> None:
         """Raises Conflict when the position is not where this bridge has left it: another one is at work."""
