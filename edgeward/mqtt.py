@@ -8,7 +8,7 @@ import random
 import socket
 import ssl
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edgeward.errors import InvalidDocument
+from edgeward.errors import InvalidDocument, Unavailable
 from edgeward.trust.tls import PeerTime, client_context
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Message:
 class Will:
     topic: str
     payload: bytes
+    retain: bool = True
 
 
 def _send_at_once(client: Client, userdata: Any, opened: Any) -> None:
@@ -97,6 +98,8 @@ class Link:
 
     `on_connect` runs after every (re)connect, when the subscriptions have been requested: the place
     to publish retained state again, since a broker that was killed may have forgotten it.
+    A `will` that is a function is asked before each connection. `on_acknowledged` gets the number of each
+    message sent by `send` or of each `barrier`, and why the broker refused it, empty when it took it.
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class Link:
         on_message: Callable[[Message], None] | None = None,
         on_connect: Callable[[], None] | None = None,
         on_disconnect: Callable[[], None] | None = None,
-        will: Will | None = None,
+        on_acknowledged: Callable[[int, str], None] | None = None,
+        will: Will | Callable[[], Will] | None = None,
         manual_ack: bool = False,
         max_reconnect_delay: float = 30.0,
         receive_maximum: int = 100,
@@ -118,6 +122,7 @@ class Link:
         self._on_message = on_message
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
+        self._on_acknowledged = on_acknowledged
         self._manual_ack = manual_ack
         self._client = Client(
             CallbackAPIVersion.VERSION2,
@@ -130,13 +135,13 @@ class Link:
         self._client.max_queued_messages_set(10_000)
         self._connect_properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         self._connect_properties.ReceiveMaximum = receive_maximum
-        if will is not None:
-            self._client.will_set(will.topic, will.payload, qos=1, retain=True)
+        self._will = will
         self._client.on_connect = self._connected
         self._client.on_disconnect = self._disconnected
         self._client.on_message = self._received
-        self._client.on_socket_open = _send_at_once
+        self._client.on_socket_open = self._about_to_connect
         self._client.on_publish = self._published
+        self._client.on_subscribe = self._subscribed
 
     @property
     def connected(self) -> bool:
@@ -176,6 +181,40 @@ class Link:
         info = self._client.publish(topic, payload, qos=qos, retain=retain)
         return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
 
+    def send(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        content_type: str = "",
+        user_properties: Sequence[tuple[str, str]] = (),
+    ) -> int:
+        """Hand a message of QoS 1 to the network thread; its number, for `on_acknowledged`.
+
+        It waits for a connection, and is sent again after a lost one, until the broker has answered.
+        Raises Unavailable when too many wait.
+        """
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]  # paho leaves it untyped
+        if content_type:
+            properties.ContentType = content_type
+        if user_properties:
+            properties.UserProperty = list(user_properties)
+        sent = self._client.publish(topic, payload, qos=1, properties=properties)
+        if sent.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise Unavailable(f"more messages wait for broker {self._broker.url} than may")
+        return sent.mid
+
+    def barrier(self) -> int | None:
+        """Ask for an answer that comes after the broker has read all that was published before, QoS 0 too.
+
+        The number that `on_acknowledged` gets then; None without a connection. It is a subscription that
+        is there already: MQTT has no other request that a broker answers in turn. After a disconnect no
+        answer comes.
+        """
+        options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+        code, number = self._client.subscribe([(topic, options) for topic in self._subscriptions])
+        return number if code == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+
     def subscribe(self, *topics: str) -> None:
         """Add subscriptions, now and after each reconnect."""
         self._subscriptions = tuple(dict.fromkeys(self._subscriptions + topics))
@@ -190,6 +229,32 @@ class Link:
     def _request(self, topics: tuple[str, ...]) -> None:
         if topics:
             self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
+
+    def _about_to_connect(self, client: Client, userdata: Any, opened: Any) -> None:
+        """The socket is open and the CONNECT packet comes next."""
+        _send_at_once(client, userdata, opened)
+        if self._will is not None:
+            self._guarded(self._set_will)
+
+    def _set_will(self) -> None:
+        will = self._will() if callable(self._will) else self._will
+        if will is not None:
+            self._client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
+
+    def _subscribed(
+        self,
+        client: Client,
+        userdata: Any,
+        mid: int,
+        reasons: list[ReasonCode],
+        properties: Properties | None,
+    ) -> None:
+        self._acknowledged(mid, next((str(reason) for reason in reasons if reason.is_failure), ""))
+
+    def _acknowledged(self, mid: int, problem: str) -> None:
+        if self._on_acknowledged is not None:
+            handler = self._on_acknowledged
+            self._guarded(lambda: handler(mid, problem))
 
     def _connected(
         self,
@@ -229,6 +294,7 @@ class Link:
         properties: Properties | None,
     ) -> None:
         _acknowledge_at_once(client)
+        self._acknowledged(mid, str(reason) if reason.is_failure else "")
 
     def _received(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         mid, qos = message.mid, message.qos

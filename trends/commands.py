@@ -14,6 +14,7 @@ from rich.console import Console
 
 from edgeward.cli.context import naming, read_secret
 from trends.access_commands import api, models, readers
+from trends.bridges import commands as bridges
 from trends.query_commands import Folder, open_store, query
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
     trends.command()(api)
     trends.add_typer(readers, name="readers")
     trends.command()(verify)
+    bridges.register(trends)
     app.add_typer(trends, name="trends")
 
 

@@ -71,9 +71,11 @@ class Bridge:
         stop: threading.Event,
         *,
         rows: int = 5_000,
+        from_now: bool = False,
         between: Callable[[str], None] = lambda step: None,
     ) -> None:
-        """`rows` bounds a batch; `between` is called between two durable steps (fault tests)."""
+        """`rows` bounds a batch; with `from_now` a table that is new to the bridge is handed on from its next
+        commit on. `between` is called between two durable steps (fault tests)."""
         self._feeds = feeds
         self._target = target
         self._cursor = cursor
@@ -81,20 +83,20 @@ class Bridge:
         self._stop = stop
         self._rows = rows
         self._between = between
-        self._resumed = False
+        self._from_now = from_now
 
-    def run(self, *, once: bool = False) -> None:
-        """Until `stop`, or with `once` until all that is there was handed on.
+    def run(self, *, once: bool = False) -> int:
+        """Until `stop`, or with `once` until all that is there was handed on; how many rows were.
 
         Raises EdgewardError for what a person must do.
         """
         failures, told = 0, self._clock.monotonic()
-        before = self._handed_on()
+        before = start = self._handed_on()
         while not self._stop.is_set():
             try:
                 self.catch_up()
             except Stopped:
-                return
+                break
             except (Unavailable, OSError) as error:
                 failures += 1
                 delay = retry_delay(failures)
@@ -107,13 +109,14 @@ class Bridge:
                 failures = 0
             self._note("")
             if once:
-                return
+                break
             if self._clock.monotonic() - told >= PROGRESS_SECONDS:
                 told, now = self._clock.monotonic(), self._handed_on()
                 if now != before:
                     log.info("handed on %d rows, %d in all", now - before, now)
                     before = now
             self._stop.wait(POLL_SECONDS)
+        return self._handed_on() - start
 
     def _handed_on(self) -> int:
         return sum(lane.rows for lane in self._cursor.state.tables.values())
@@ -126,7 +129,11 @@ class Bridge:
     def catch_up(self) -> None:
         """Hand on all that is there. Raises as `Target.deliver` and `Feed.batches`."""
         for feed in self._feeds:
-            lane = self._cursor.state.tables.setdefault(feed.table, Lane())
+            lane = self._cursor.state.tables.get(feed.table)
+            if lane is None:
+                lane = Lane(feed.now() if self._from_now else Position())
+                self._cursor.state.tables[feed.table] = lane
+                self._cursor.save()
             lane.position = self._target.resume(feed.table, lane.position)
             for batch in feed.batches(lane.position, self._rows):
                 if self._stop.is_set():

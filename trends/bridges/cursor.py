@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ class Cursor:
         self._folder = store / "bridges"
         self._path = self._folder / f"{name}.json"
         self.state = State()
+        self._saving = threading.Lock()
         if self._path.exists():
             try:
                 self.state = msgspec.json.decode(self._path.read_bytes(), type=State)
@@ -59,8 +61,16 @@ class Cursor:
                 ) from None
 
     def save(self) -> None:
-        """Durable when it returns. Raises OSError."""
-        write_atomic(self._path, msgspec.json.encode(self.state), mode=0o600)
+        """Durable when it returns; from any thread. Raises OSError."""
+        with self._saving:
+            write_atomic(self._path, msgspec.json.encode(self.state), mode=0o600)
+
+    def next_birth(self) -> int:
+        """0 to 255 and again, one more with each call over all restarts: Sparkplug's bdSeq."""
+        number = self.state.births % 256
+        self.state.births = number + 1
+        self.save()
+        return number
 
     @contextmanager
     def alone(self) -> Iterator[None]:

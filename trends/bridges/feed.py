@@ -86,6 +86,11 @@ class Feed:
         """The last version that may be handed on, -1 for none: a later one may be taken back."""
         return self._journal.flushed(self.table)
 
+    def now(self) -> Position:
+        """After all that is there. Raises Conflict as `batches`."""
+        newest = self.newest()
+        return Position() if newest < 0 else replace(self._check(Position(), newest), version=newest)
+
     def batches(self, position: Position, limit: int) -> Iterator[Batch]:
         """Up to `limit` rows each, until all that is settled now was handed on.
 

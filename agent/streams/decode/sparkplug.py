@@ -14,12 +14,11 @@ import numpy as np
 
 from agent.streams.decode import times
 from agent.streams.decode.columns import MAX_TEXT, arrival, check_count, clean_text, keep_finite
-from agent.streams.decode.sparkplug_schema import SIGNED_BITS, DecodeError, Payload
 from agent.streams.samples import Samples
 from edgeward.errors import InvalidDocument
+from edgeward.sparkplug import NAMESPACE, SIGNED_BITS, DecodeError, Payload
 from edgeward.wire.streams import Check, PayloadSource
 
-NAMESPACE = "spBv1.0"
 _NUMBERED = ("NBIRTH", "NDATA", "DBIRTH", "DDATA")
 _FIELDS = ("int_value", "long_value", "float_value", "double_value", "boolean_value")
 _MAX_METRICS = 20_000

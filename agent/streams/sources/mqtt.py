@@ -91,7 +91,8 @@ class MqttSampleSource:
             self._decoder = decoder_for(spec, features, quality, self._count)
 
     def _sparkplug(self, spec: MqttSource, features: Sequence[str], quality: Mapping[str, Check]) -> Decoder:
-        from agent.streams.decode.sparkplug import NAMESPACE, SparkplugDecoder, parse_topic
+        from agent.streams.decode.sparkplug import SparkplugDecoder, parse_topic
+        from edgeward.sparkplug import NAMESPACE
 
         where = parse_topic(self.topic)
         if where is None:
@@ -183,13 +184,13 @@ class _Rebirth:
         self._asked: float | None = None
 
     def ask_if_due(self) -> None:
-        from agent.streams.decode.sparkplug_schema import METRIC_TYPES, Payload
+        from edgeward.sparkplug import METRIC_TYPES, REBIRTH, Payload
 
         now = self._clock.monotonic()
         if not self._wanted() or (self._asked is not None and now - self._asked < REBIRTH_AFTER_S):
             return
         command = {
-            "name": "Node Control/Rebirth",
+            "name": REBIRTH,
             "datatype": METRIC_TYPES["Boolean"],
             "boolean_value": True,
             "timestamp": int(self._clock.now() * 1000),

@@ -30,7 +30,7 @@ class Filled:
     def append(self, number: int, day: int = 0, lane: Lane = "result", name: DeviceName = NAME) -> None:
         """So many rows with the next numbers, `day` days before now, into the journal."""
         at, first = int((NOW - day * DAY) * 1e6), self.next[lane]
-        made = [_row(lane, at + seq, seq) for seq in range(first, first + number)]
+        made = [_row(lane, at + seq * 1000, seq) for seq in range(first, first + number)]
         with self.journal.transaction():
             self.journal.append(name, "e", lane, at, first, number, encode_rows(made))  # type: ignore[arg-type]
         self.next[lane] += number

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.streams.decode.sparkplug import SparkplugDecoder, parse_topic
-from agent.streams.decode.sparkplug_schema import METRIC_TYPES, Payload
 from edgeward.errors import InvalidDocument
+from edgeward.sparkplug import METRIC_TYPES, Payload
 from edgeward.wire.streams import Check, MqttSource
 
 NOW = 1_700_000_009.0

@@ -81,14 +81,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             Source(modbus=ModbusSource(host="127.0.0.1", registers={"a": Register(address=0)})),
         ),
         (
-            "google.protobuf", "decode.sparkplug_schema", "agent-sparkplug",
+            "google.protobuf", "decode.sparkplug", "agent-sparkplug",
             Source(mqtt=MqttSource(topic="t", format="sparkplug")),
         ),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             patch.delitem(sys.modules, f"agent.streams.{ours}", raising=False)
-            patch.delitem(sys.modules, "agent.streams.decode.sparkplug", raising=False)
+            patch.delitem(sys.modules, "edgeward.sparkplug", raising=False)
             with pytest.raises(MissingDependency, match=rf"edgeward\[{extra}\]"):
                 made(source)
 

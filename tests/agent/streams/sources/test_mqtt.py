@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from agent.streams.decode.sparkplug_schema import Payload
 from agent.streams.sources.mqtt import QUEUE_MESSAGES, REBIRTH_AFTER_S, MqttSampleSource, Receive
 from edgeward.clock import ManualClock
 from edgeward.errors import InvalidDocument
 from edgeward.identifiers import DeviceName
+from edgeward.sparkplug import Payload
 from edgeward.wire.streams import MqttSource
 
 Until = Callable[..., None]

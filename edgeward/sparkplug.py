@@ -1,7 +1,7 @@
 """The Sparkplug B payload as protobuf messages, declared from the specification's field numbers.
 
 Only what a receiver of numbers needs: data sets, templates and metadata stay unknown fields, which
-protobuf skips. Needs the extra `agent-sparkplug`.
+protobuf skips. Needs the extra `agent-sparkplug`, or `trends-sparkplug` beside a trend store.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ except ImportError as error:
     from edgeward.errors import MissingDependency
 
     raise MissingDependency(
-        "Sparkplug payloads need protobuf", hint="pip install 'edgeward[agent-sparkplug]'"
+        "Sparkplug payloads need protobuf",
+        hint="pip install 'edgeward[agent-sparkplug]', beside a trend store 'edgeward[trends-sparkplug]'",
     ) from error
 
-__all__ = ["METRIC_TYPES", "DecodeError", "Payload"]
+__all__ = ["METRIC_TYPES", "NAMESPACE", "REBIRTH", "DecodeError", "Payload"]
+
+NAMESPACE = "spBv1.0"
+#: The node metric by which a host application asks for new births.
+REBIRTH = "Node Control/Rebirth"
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _PACKAGE = "edgeward.sparkplug"
