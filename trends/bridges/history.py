@@ -93,11 +93,10 @@ class Moves:
         if version is None:
             return Successors((), complete=False)
         found: list[tuple[DataFile, int]] = []
-        complete = True
         # A rewrite stays within the partition.
-        for file in self._rewritten[version]:
-            if file.partition != gone.partition:
-                continue
+        within = [file for file in self._rewritten[version] if file.partition == gone.partition]
+        complete = bool(within)
+        for file in within:
             if kept(file.path):
                 found.append((file, version))
                 continue

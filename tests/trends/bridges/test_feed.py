@@ -274,6 +274,20 @@ def test_every_row_is_found_through_any_chain_of_rewrites(
             assert rows <= set().union(*(contents[file.path] for file, _ in found.files))
 
 
+def test_a_rewrite_of_several_days_is_followed_day_by_day() -> None:
+    lines = [f'{{"remove":{{"path":"{day}-{n}","dataChange":false}}}}' for day in "abc" for n in "12"]
+    lines += [
+        f'{{"add":{{"path":"{day}-new","partitionValues":{{"date":"{day}"}},"dataChange":false}}}}'
+        for day in "ab"
+    ]
+    moves = Moves()
+    moves.add(parse_commit(3, "\n".join(lines)))
+    found = moves.of(DataFile("b-1", {"date": "b"}, 5), lambda path: True)
+    assert [file.path for file, _ in found.files] == ["b-new"] and found.complete
+    # One whose day got no file in exchange is gone, and not silently.
+    assert not moves.of(DataFile("c-1", {"date": "c"}, 5), lambda path: True).complete
+
+
 def test_a_skip_survives_being_kept() -> None:
     skipped = Skipped(1, 2, -1, "x")
     assert msgspec.json.decode(msgspec.json.encode(skipped), type=Skipped) == skipped

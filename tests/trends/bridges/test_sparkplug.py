@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from edgeward.errors import InvalidDocument, Unavailable, UsageError
 from edgeward.mqtt import Broker
 from edgeward.sparkplug import METRIC_TYPES, REBIRTH, Payload
 from edgeward.wire.streams import PayloadSource
-from tests.contracts.test_brokers import Mosquitto, RealBroker, needs_mosquitto, wait_for
+from tests.contracts.test_brokers import MOSQUITTO, Mosquitto, RealBroker, needs_mosquitto, wait_for
 from tests.trends.bridges.filled import Filled
 from trends.bridges import sparkplug
 from trends.bridges.bridge import Bridge
@@ -303,7 +304,7 @@ def node_on(broker: RealBroker, filled: Filled, stop: threading.Event) -> tuple[
     return target, Bridge([filled.feed()], target, cursor, ManualClock(), stop, rows=20)
 
 
-def test_a_node_on_a_broker(broker: RealBroker, filled: Filled) -> None:
+def test_a_node_on_a_broker(broker: RealBroker, filled: Filled, caplog: pytest.LogCaptureFixture) -> None:
     """Births, data, births on command, a new connection, a clean end; and our own decoder reads it."""
     observer = Observer(broker)
     filled.commit(50)
@@ -333,6 +334,10 @@ def test_a_node_on_a_broker(broker: RealBroker, filled: Filled) -> None:
     again.close()
     observer.close()
     _read_by_our_decoder(observer.seen)
+    assert [
+        record for record in caplog.records if record.name == "edgeward.mqtt" and record.levelname == "ERROR"
+    ] == []
+    assert "a command on spBv1.0/plant/NCMD/store is left" in caplog.text
 
 
 def _read_by_our_decoder(seen: list[MQTTMessage]) -> None:
@@ -380,5 +385,52 @@ def test_rows_wait_while_the_broker_is_away(broker: RealBroker, filled: Filled) 
     bridge.run(once=True)
     observer.wait(lambda host: True, "")
     assert bridge._handed_on() == 5
+    target.close()
+    observer.close()
+
+
+@pytest.mark.mosquitto
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+def test_what_the_broker_has_not_read_is_not_handed_on(tmp_path: Path, filled: Filled) -> None:
+    """It is stopped, so that what is sent stays in the socket, and then killed."""
+    broker = Mosquitto(tmp_path)
+    broker.start()
+    target, bridge = node_on(broker, filled, threading.Event())
+    wait_for(lambda: target._online, "connected")
+    filled.commit(5)
+    assert broker._process is not None
+    broker._process.send_signal(signal.SIGSTOP)
+    failures: list[Exception] = []
+
+    def deliver() -> None:
+        try:
+            bridge.catch_up()
+        except Unavailable as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    wait_for(lambda: target._node._seq == 3, "NBIRTH, DBIRTH and DDATA")
+    with target._order:
+        pass  # the request is on its way, too
+    broker.kill()
+    thread.join()
+    assert len(failures) == 1 and bridge._handed_on() == 0
+    target.close()
+
+
+def test_no_data_before_the_birth(broker: RealBroker, filled: Filled) -> None:
+    """The moment between the broker's answer and the births."""
+    target, bridge = node_on(broker, filled, threading.Event())
+    wait_for(lambda: target._online, "connected")
+    observer = Observer(broker)
+    filled.commit(1)
+    target._online = False
+    with pytest.raises(Unavailable, match="not connected"):
+        bridge.catch_up()
+    observer.client.publish("spBv1.0/plant/NCMD/store", rebirth_command(), qos=1)
+    observer.wait(lambda host: host.alive, "the birth")
+    first = next(message.topic for message in observer.seen if "NCMD" not in message.topic)
+    assert first == "spBv1.0/plant/NBIRTH/store"
     target.close()
     observer.close()
