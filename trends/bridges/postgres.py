@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from edgeward.errors import Conflict, EdgewardError, MissingDependency, Unavailable, UsageError
 from trends.bridges.bridge import KEYS
+from trends.bridges.copy_text import copy_csv
 from trends.bridges.feed import Position
 
 if TYPE_CHECKING:
@@ -52,25 +53,6 @@ def primary_key(table: str, *, timescale: bool) -> tuple[str, ...]:
     if timescale and table in TIMES:
         return (*KEYS[table], TIMES[table])
     return KEYS[table]
-
-
-def plain(value: Any, kind: pa.DataType) -> Any:
-    """A value as psycopg takes it; PostgreSQL's texts take no NUL."""
-    if value is None:
-        return None
-    if pa.types.is_map(kind):
-        return msgspec.json.encode({_text(str(name)): item for name, item in value}).decode()
-    if pa.types.is_struct(kind):
-        return msgspec.json.encode(value).decode()
-    if isinstance(value, str):
-        return _text(value)
-    if column_type(kind) == "text":
-        return _text(str(value))
-    return value
-
-
-def _text(value: str) -> str:
-    return value.replace("\0", "\ufffd")
 
 
 class PostgresTarget:
@@ -162,14 +144,11 @@ class PostgresTarget:
                 "CREATE TEMPORARY TABLE arrived ON COMMIT DROP AS SELECT {names} FROM {table} WITH NO DATA"
             ).format(names=names, table=sql.Identifier(self._schema, table))
         )
-        kinds = [field.type for field in rows.schema]
         with (
             connection.cursor() as cursor,
-            cursor.copy(sql.SQL("COPY arrived ({names}) FROM STDIN").format(names=names)) as copy,
+            cursor.copy(sql.SQL("COPY arrived ({}) FROM STDIN WITH (FORMAT csv)").format(names)) as copy,
         ):
-            for part in rows.to_batches():
-                for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
-                    copy.write_row([plain(value, kind) for value, kind in zip(row, kinds, strict=True)])
+            copy.write(copy_csv(rows))
         connection.execute(
             sql.SQL(
                 "INSERT INTO {table} ({names}) SELECT {names} FROM arrived ON CONFLICT DO NOTHING"
@@ -231,7 +210,10 @@ class PostgresTarget:
             self._known.clear()
             # Committed is on the server's disk, whatever its default is: the store will not send it again.
             self._connection = self._psycopg.connect(
-                self._url, autocommit=True, connect_timeout=10, options="-c synchronous_commit=on"
+                self._url,
+                autocommit=True,
+                connect_timeout=10,
+                options="-c synchronous_commit=on -c timezone=UTC",
             )
             self._prepare(self._connection)
         return self._connection

@@ -75,6 +75,9 @@ WHOLE = {"results": 55, "alarms": 7, "trends": 5, "samples": 6, "gaps": 1}
 
 def test_every_value_arrives(filled: Filled, url: str) -> None:
     everything(filled)
+    with psycopg.connect(url, autocommit=True) as connection:
+        name = url.rsplit("/", 1)[1]
+        connection.execute(f"ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'")  # type: ignore[arg-type]
     target = PostgresTarget(url, "pg")
     bridge(filled, target).run(once=True)
     assert counts(url) == WHOLE
