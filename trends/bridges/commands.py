@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgeward.errors import MissingDependency, UsageError
+from trends.query_commands import JOURNAL, Folder
 
 if TYPE_CHECKING:
     from edgeward.clock import Clock
@@ -27,10 +28,8 @@ out = Console(highlight=False)
 
 #: Where the rows go; an address on the command line would be seen by all.
 POSTGRES = "EDGEWARD_BRIDGE_POSTGRES"
-JOURNAL = "EDGEWARD_TRENDS_JOURNAL"
 TABLES = ("results", "alarms", "trends", "samples", "gaps")
 
-Folder = Annotated[Path, typer.Option("--dir", help="The trend store's folder.")]
 Wanted = Annotated[
     list[str] | None,
     typer.Option("--table", metavar="TABLE", help="A table to hand on; may be repeated. Default: all."),

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from edgeward.errors import InvalidDocument
+from trends.local_files import MARK
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ def parse_commit(version: int, text: str) -> Commit:
     rewritten: list[DataFile] = []
     replaced: set[str] = set()
     try:
-        for line in text.splitlines():
-            action = json.loads(line)
+        actions = [json.loads(line) for line in text.splitlines()]
+        # The store's upkeep never brings rows, whatever its actions say: sorting a day is an overwrite.
+        upkeep = any((action.get("commitInfo") or {}).get(MARK) == "1" for action in actions)
+        for action in actions:
             if add := action.get("add"):
-                (added if add["dataChange"] else rewritten).append(_file(add))
-            if (remove := action.get("remove")) and not remove["dataChange"]:
+                (added if add["dataChange"] and not upkeep else rewritten).append(_file(add))
+            if (remove := action.get("remove")) and (upkeep or not remove["dataChange"]):
                 replaced.add(unquote(str(remove["path"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidDocument(

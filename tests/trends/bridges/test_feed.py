@@ -82,6 +82,21 @@ def test_compaction_brings_nothing_again(filled: Filled) -> None:
     assert read(filled.feed())[0] == list(range(14)), "and nothing twice from the beginning"
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_day_that_was_sorted_brings_nothing_again(filled: Filled, away: bool) -> None:
+    """An overwrite of rows that were there, as Delta's log has it; the files before go a day later."""
+    for _ in range(3):
+        filled.commit(3, day=1, lane="trend")
+    entries = len(list((filled.root("trends") / "_delta_log").glob("*.json")))
+    read_before = Position() if away else read(filled.feed("trends"))[1]
+    filled.upkeep(files=100)
+    assert len(list((filled.root("trends") / "_delta_log").glob("*.json"))) == entries + 1, "it was sorted"
+    filled.vacuum()
+    filled.commit(1, lane="trend")
+    handed, _ = read(filled.feed("trends"), read_before)
+    assert sorted(handed) == (list(range(10)) if away else [9])
+
+
 def test_a_bridge_that_was_away_finds_rows_where_compaction_has_put_them(filled: Filled) -> None:
     filled.commit(3)
     _, after = read(filled.feed())
