@@ -18,6 +18,7 @@ from rich.table import Table
 
 from edgeward.cli.context import naming, read_secret
 from edgeward.errors import MissingDependency, UsageError
+from trends.forward_commands import forward_status, residency_log
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +38,8 @@ def register(app: typer.Typer) -> None:
     trends.command()(serve)
     trends.command()(query)
     trends.command()(verify)
+    trends.command()(forward_status)
+    trends.command()(residency_log)
     app.add_typer(trends, name="trends")
 
 
@@ -44,7 +47,8 @@ def register(app: typer.Typer) -> None:
 JOURNAL = "EDGEWARD_TRENDS_JOURNAL"
 
 
-def _open(folder: Path) -> Store:
+def open_store(folder: Path) -> Store:
+    """Raises MissingDependency without the extra, NotFound when there is no store."""
     try:
         from trends.store import Store
     except ImportError as error:
@@ -114,7 +118,7 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     retention = parse_retention(keep or [])
-    store = _open(folder)
+    store = open_store(folder)
     stop, ready = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -177,7 +181,7 @@ def query(
         raise UsageError("expected either --sql or --series", hint="see `edgeward trends query --help`")
     if output not in ("table", "json", "csv"):
         raise UsageError(f"unknown output {output!r}", hint="one of table, json, csv")
-    store = _open(folder)
+    store = open_store(folder)
     try:
         if sql is not None:
             answer = store.queries.sql(sql)
@@ -252,7 +256,7 @@ def verify(
     Examples: `edgeward trends verify --dir store`
     `edgeward trends verify --dir store --produced produced.jsonl`
     """
-    store = _open(folder)
+    store = open_store(folder)
     try:
         good = (
             _verify_lanes(store, as_json) if produced is None else _verify_produced(store, produced, as_json)

@@ -122,6 +122,11 @@ class Store:
         finally:
             os.close(lock)
 
+    @property
+    def forwards(self) -> bool:
+        """Whether anything was ever forwarded from here."""
+        return self._shared or (self.folder / "forward.db").exists()
+
     def ledger(self, clock: Clock) -> Ledger:
         """What is known about forwarding, where the journal is."""
         database = Postgres(self._journal_url) if self._shared else self.folder / "forward.db"

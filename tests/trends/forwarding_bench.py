@@ -63,7 +63,14 @@ def row(lane: Lane, seq: int, **changes: Any) -> Row:
     values: dict[str, Any]
     match lane:
         case "result":
-            values = {"event_time": at, **common, **source, **model, "outputs": {"score": seq / 10}, "alarm": False}
+            values = {
+                "event_time": at,
+                **common,
+                **source,
+                **model,
+                "outputs": {"score": seq / 10},
+                "alarm": False,
+            }
             return ResultRow(**{**values, **changes})
         case "sample":
             values = {"event_time": at, **common, **source, "values": {"x": float(seq)}}
@@ -149,7 +156,7 @@ class Site(Half):
             self.identity, self.signer, CLOCK, pace, between=between,
         )  # fmt: skip
         if residency is not None:
-            self.forwarder.policy = policy(**{site: residency for site in self.identity.sites})
+            self.forwarder.policy = policy(**dict.fromkeys(self.identity.sites, residency))
         self.forwarder.start()
         return self.forwarder
 
@@ -181,15 +188,15 @@ def policy(**sites: Residency) -> ResidencyPolicy:
 
 
 class Central(Half):
-    def __init__(self, folder: Path, fleet: Fleet, url: str, sites: frozenset[str] = frozenset({"north"})) -> None:
+    def __init__(
+        self, folder: Path, fleet: Fleet, url: str, sites: frozenset[str] = frozenset({"north"})
+    ) -> None:
         super().__init__(folder, fleet, "cloud", sites)
         self.url = url
         self.ingester: Ingester | None = None
 
     def start(self, *, central: bool = True) -> None:
-        self.ingest = Ingest(
-            self.journal, self.fleet.anchor, self.identity.sites, CLOCK, central=central
-        )
+        self.ingest = Ingest(self.journal, self.fleet.anchor, self.identity.sites, CLOCK, central=central)
         self.ingester = Ingester(
             self.ingest, self.journal, Broker(self.url), self.signer, self.identity.name, central=central
         )
@@ -204,5 +211,3 @@ class Central(Half):
     def close(self) -> None:
         self.stop()
         super().close()
-
-

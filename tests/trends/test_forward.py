@@ -69,9 +69,13 @@ def test_by_default_trends_go_without_single_inputs_and_the_rest_is_counted(
     assert {(each["minimum"], each["maximum"], each["sketch"], each["mean"]) for each in features} == {
         (5.0 - 396**0.5, 5.0 + 396**0.5, b"", 5.0)
     }
-    (outputs,) = central.ask("select distinct minimum, maximum, sketch from trends where series = 'output:score'")
+    (outputs,) = central.ask(
+        "select distinct minimum, maximum, sketch from trends where series = 'output:score'"
+    )
     assert tuple(outputs.values()) == (0.25, 9.75, b"sketch")
-    assert central.ask("select * from gaps where reason = 'residency' and first_event_time > '1970-01-02'") == []
+    assert (
+        central.ask("select * from gaps where reason = 'residency' and first_event_time > '1970-01-02'") == []
+    )
 
 
 def test_rows_come_from_the_tables_when_the_journal_let_go_of_them(pair: tuple[Site, Central]) -> None:
@@ -181,7 +185,10 @@ def test_a_policy_holds_from_then_on_and_each_is_in_a_record(pair: tuple[Site, C
     first, second = site.ledger.decisions()
     assert (first.forwarded, first.withheld, second.forwarded, second.withheld) == (10, 0, 0, 5)
     assert first.policy != second.policy and first.bytes > 0 and second.bytes == 0
-    assert [(span.first_seq, span.last_seq) for each in (first, second) for span in each.spans] == [(0, 9), (10, 14)]
+    assert [(span.first_seq, span.last_seq) for each in (first, second) for span in each.spans] == [
+        (0, 9),
+        (10, 14),
+    ]
     check_chain([first, second])
     keys = {each["key"] for each in central.ask("select key from results")}
     assert keys == {""}, "part numbers stay unless the site lets them go"
