@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, TrustError
@@ -23,7 +23,7 @@ from edgeward.wire import topics
 from edgeward.wire.envelope import open_envelope, seal
 from edgeward.wire.residency import ResidencyPolicy
 from edgeward.wire.rows import Ack, Batch
-from trends.forwarding import DOUBT, Flight, after_ack, choose, cut, pending
+from trends.forwarding import DOUBT, PATIENCE, Flight, after_ack, choose, cut, pending
 from trends.journal import Journal
 from trends.ledger import Ledger
 from trends.outgoing import MAX_ROWS, Gap, Holding, batches
@@ -39,12 +39,13 @@ _TICK = 0.5
 @dataclass(frozen=True)
 class Pace:
     """Batches in flight at most; seconds between two batches of a sequence unless many rows wait, and of one
-    that stays here; seconds that a record of decisions covers."""
+    that stays here; seconds that a record of decisions covers; seconds without an ack until a batch goes again, at first."""
 
     window: int = 8
     rows_every: float = 2.0
     withheld_every: float = 60.0
     record_every: float = 3600.0
+    patience: float = PATIENCE
 
 
 class Forwarder:
@@ -78,18 +79,22 @@ class Forwarder:
         self._pace = pace or Pace()
         self._between = between
         self._there: dict[SequenceId, Settled] | None = None
-        self._flights: defaultdict[SequenceId, Flight] = defaultdict(Flight)
+        self._flights: defaultdict[SequenceId, Flight] = defaultdict(
+            lambda: Flight(first=self._pace.patience)
+        )
         self._offered: dict[SequenceId, float] = {}
         self._confirmed: dict[SequenceId, float] = {}
         self._turn = 0
         self._said: set[str] = set()
         self._messages: queue.Queue[Message | None] = queue.Queue(maxsize=1000)
+        self._connected_again = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
         self._link = Link(
             broker,
             f"edgeward-forward-{store.name}",
             subscriptions=tuple(topics.all_forwarded(site) for site in sorted(store.sites)),
             on_message=self._messages.put,
+            on_connect=self._connected_again.set,
             max_reconnect_delay=30.0,
         )
 
@@ -123,6 +128,9 @@ class Forwarder:
                     self._there = None
                 else:
                     self._take([message for message in arrived if message is not None])
+                    if self._connected_again.is_set():
+                        self._connected_again.clear()
+                        self._land()
                     while self._link.connected and self._offer():
                         pass
                     self._record()
@@ -186,6 +194,11 @@ class Forwarder:
         return self._there
 
     # batches
+
+    def _land(self) -> None:
+        """What was on its way when the connection broke goes again now."""
+        for sequence, flight in self._flights.items():
+            self._flights[sequence] = replace(flight, spans=())
 
     def _offer(self) -> bool:
         """Send what there is room for; whether anything was sent."""

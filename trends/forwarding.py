@@ -26,23 +26,30 @@ DOUBT = 86_400.0
 class Flight:
     """Batches of one sequence without an ack: their numbers and when each is sent again (monotonic seconds).
 
-    `patience` doubles while nothing is acknowledged.
+    `patience` doubles while nothing is acknowledged, from `first` on.
     """
 
     spans: tuple[tuple[Interval, float], ...] = ()
-    patience: float = PATIENCE
+    first: float = PATIENCE
+    patience: float = 0.0
 
     def sent(self, span: Interval, now: float) -> Flight:
-        return replace(self, spans=(*self.spans, (span, now + self.patience)))
+        return replace(self, spans=(*self.spans, (span, now + max(self.patience, self.first))))
 
     def at(self, now: float) -> Flight:
         """Without what is overdue."""
         left = tuple(each for each in self.spans if each[1] > now)
         late = len(left) < len(self.spans)
-        return Flight(left, min(self.patience * 2, MOST_PATIENCE) if late else self.patience)
+        patience = max(self.patience, self.first)
+        return replace(self, spans=left, patience=min(patience * 2, MOST_PATIENCE) if late else patience)
 
     def acknowledged(self, settled: Settled) -> Flight:
-        return Flight(tuple(each for each in self.spans if open_numbers(settled, each[0])))
+        """Without what is settled, and without what was sent before that: it was overtaken or lost, and goes
+        again at once (as in TCP's fast retransmit, RFC 5681)."""
+        left: list[tuple[Interval, float]] = []
+        for each in self.spans:
+            left = [*left, each] if open_numbers(settled, each[0]) else []
+        return replace(self, spans=tuple(left), patience=self.first)
 
     def numbers(self) -> list[Interval]:
         return [span for span, _ in self.spans]

@@ -30,7 +30,7 @@ from trends.tables import Tables
 
 DEVICE = DeviceName("north", "turbine-1")
 CLOCK = SystemClock()
-FAST = Pace(rows_every=0.0, withheld_every=0.0)
+FAST = Pace(rows_every=0.0, withheld_every=0.0, patience=0.5)
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
@@ -42,8 +42,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
 
 
 class Fleet:
-    def __init__(self) -> None:
-        self.key = keys.generate_key()
+    def __init__(self, folder: Path | None = None) -> None:
+        """Processes that share a folder are of one fleet."""
+        self.key = keys.load_or_create(folder / "ca.key") if folder else keys.generate_key()
         self.ca = certificates.make_ca(self.key, time.time())
         self.anchor = TrustAnchor(certificates.to_pem(self.ca))
 

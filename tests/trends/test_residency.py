@@ -21,7 +21,7 @@ from edgeward.wire.rows import MAX_ACK_RANGES, Ack, Batch, Lost, Row, TrendRow, 
 from edgeward.wire.topics import Lane
 from tests.trends.test_columns import NOW, ROWS
 from trends.columns import from_arrow, to_arrow
-from trends.forwarding import after_ack, cut, pending, settled_spans
+from trends.forwarding import MOST_PATIENCE, Flight, after_ack, cut, pending, settled_spans
 from trends.journal import Stored
 from trends.ledger import Ledger, check_chain
 from trends.losses import losses
@@ -250,6 +250,23 @@ def test_acks_are_believed_in_both_directions() -> None:
     assert after_ack(Settled(0, [(3, 4)]), Ack("e", -1, newest)).above[0] == (3, 4), (
         "there are more than it names"
     )
+
+
+def test_what_an_ack_overtakes_goes_again_at_once_and_the_rest_when_it_is_overdue() -> None:
+    flight = Flight(first=5.0)
+    for number in range(4):
+        flight = flight.sent((10 * number, 10 * number + 9), 100.0 + number)
+    assert flight.numbers() == [(0, 9), (10, 19), (20, 29), (30, 39)]
+    assert flight.acknowledged(Settled(0, [(20, 29)])).numbers() == [(30, 39)]
+    assert flight.acknowledged(Settled(10)).numbers() == [(10, 19), (20, 29), (30, 39)]
+    assert flight.acknowledged(Settled(5)).numbers() == flight.numbers(), "half a batch is none"
+    late = flight.at(105.0)
+    assert late.numbers() == [(10, 19), (20, 29), (30, 39)] and late.patience == 10.0
+    assert late.at(106.0).at(107.0).at(1e9).patience == 80.0
+    assert late.acknowledged(Settled(20)).patience == 5.0
+    for _ in range(20):
+        late = late.sent((0, 9), 0.0).at(1e9)
+    assert late.patience == MOST_PATIENCE
 
 
 @given(st.integers(0, 30), st.integers(0, 60), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=5),
