@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 
 from edgeward.broker import EmbeddedBroker
 from edgeward.identifiers import DeviceName
+from edgeward.wire.resources import Residency
 from edgeward.wire.rows import Lost
 from simulators.fault_proxy import Faults
 from tests.faults.forward_child import PACE, RESIDENCY
 from tests.simulators.test_fault_proxy import Running
-from tests.trends.forwarding_bench import Central, Fleet, Site, wait_until
-from trends.ledger import check_chain
+from tests.trends.forwarding_bench import Central, Fleet, Site, policy, wait_until
+from trends.ledger import Ledger, check_chain
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +76,19 @@ class Produced:
             assert sum(each.lost for each in mine) == before
 
 
+def decided(site: Site) -> int:
+    ledger = Ledger(site.folder / "forward.db", 0.0)
+    try:
+        counted = [*ledger.decisions(), *ledger.tallies()]
+        return sum(each.forwarded + each.withheld + each.lost for each in counted)
+    finally:
+        ledger.close()
+
+
+def arrived(central: Central) -> int:
+    return sum(stored + gaps for stored, gaps, _, _ in central.lanes().values())
+
+
 def test_a_kill_of_the_site_at_any_step(tmp_path: Path, broker: EmbeddedBroker) -> None:
     fleet, produced = Fleet(tmp_path), Produced()
     site, central = Site(tmp_path / "site", fleet), Central(tmp_path / "central", fleet, broker.url)
@@ -86,6 +101,8 @@ def test_a_kill_of_the_site_at_any_step(tmp_path: Path, broker: EmbeddedBroker) 
         process = child("site", tmp_path, broker.url, step)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, step
+        wait_until(lambda: central.ingester is not None and central.ingester._queue.empty())
+        assert decided(site) >= arrived(central), "what has left is in the log already"
         site.open()
         site.ingest._journal = site.journal
     site.forward(broker.url, RESIDENCY, PACE)
@@ -145,6 +162,29 @@ def test_packets_lost_doubled_and_overtaken(
     assert central.lanes() == {(device.device, "result"): (200, 0, 0, 0) for device in devices}
     site.close()
     central.close()
+
+
+def test_no_copy_that_a_later_policy_forbids_waits_for_the_next_connection(tmp_path: Path) -> None:
+    fleet = Fleet()
+    site = Site(tmp_path / "site", fleet)
+    broker = EmbeddedBroker(tmp_path / "broker")
+    broker.start()
+    central = Central(tmp_path / "central", fleet, broker.url)
+    central.start()
+    forwarder = site.forward(broker.url, RESIDENCY, replace(PACE, patience=1e9))
+    wait_until(lambda: forwarder.connected)
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)  # the connection lives, and nobody reads from it
+    site.produce("result", 0, 20)
+    wait_until(lambda: forwarder.counts["batches"] == 1)
+    forwarder.policy = policy(north=Residency(forward=[]))
+    broker.kill()
+    broker.start()
+    wait_until(lambda: site.behind == 0)
+    assert central.lanes() == {("turbine-1", "result"): (0, 20, 0, 0)}
+    site.close()
+    central.close()
+    broker.stop()
 
 
 def test_a_broker_that_is_killed_again_and_again(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from edgeward.wire.envelope import seal
 from edgeward.wire.residency import ResidencyPolicy
 from edgeward.wire.resources import Residency
 from edgeward.wire.rows import Ack, Batch, Lost, encode_rows
-from tests.trends.forwarding_bench import DEVICE, FAST, Central, Fleet, Site, policy, row, wait_until
+from tests.trends.forwarding_bench import CLOCK, DEVICE, FAST, Central, Fleet, Site, policy, row, wait_until
 from trends.forwarder import Pace
+from trends.ingest import Ingest
 from trends.ledger import check_chain
+from trends.quota import Quota
 
 OTHER = DeviceName("north", "turbine-2")
 ALL = Residency(forward=["alarm", "result", "trend", "sample"], inputs="full", redact=[])
@@ -293,6 +295,28 @@ def test_acks_of_others_count_for_nothing(pair: tuple[Site, Central]) -> None:
     central.start()
     settled(site)
     stranger.link.stop()
+
+
+def test_a_quota_counts_rows_not_what_is_lost(pair: tuple[Site, Central]) -> None:
+    site, central = pair
+    quota = Quota(rows=1.0, seconds=20.0)
+    central.ingest = Ingest(
+        central.journal, site.fleet.anchor, frozenset({"north"}), CLOCK, quota, central=True
+    )
+    topic = topics.forward(DEVICE, "result")
+    rows = encode_rows([row("result", seq) for seq in range(10)])
+    for first, taken in ((0, True), (1_000_000, True), (2_000_000, False)):
+        body = Batch(
+            "e",
+            first,
+            1_000_000,
+            0,
+            rows,
+            lost=[Lost(first + 10, first + 999_999, 0, 0, {"residency": 999_990})],
+        )
+        with central.journal.transaction():
+            reply = central.ingest.handle(topic, seal(body, topic, site.signer, with_certificate=True))
+        assert (reply is not None) == taken
 
 
 def test_a_full_journal_of_withheld_rows_is_one_message(pair: tuple[Site, Central]) -> None:

@@ -20,7 +20,9 @@ from edgeward.wire.resources import Residency
 from edgeward.wire.rows import MAX_ACK_RANGES, Ack, Batch, Lost, Row, TrendRow, decode_rows, encode_rows
 from edgeward.wire.topics import Lane
 from tests.trends.test_columns import NOW, ROWS
+from tests.trends.test_shared_journal import plain
 from trends.columns import from_arrow, to_arrow
+from trends.databases import Postgres
 from trends.forwarding import MOST_PATIENCE, Flight, after_ack, cut, pending, settled_spans
 from trends.journal import Stored
 from trends.ledger import Ledger, check_chain
@@ -286,8 +288,16 @@ def test_a_lot_is_cut_by_its_rows_not_by_its_gaps(
 # the log of decisions
 
 
-def test_the_log_is_a_chain_and_a_change_in_it_shows(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "forward.db", 100.0)
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def test_the_log_is_a_chain_and_a_change_in_it_shows(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    def opened(now: float) -> Ledger:
+        if kind == "sqlite":
+            return Ledger(tmp_path / "forward.db", now)
+        return Ledger(Postgres(plain(request.getfixturevalue("postgres_url"))), now)
+
+    ledger = opened(100.0)
     sequence = SequenceId(DeviceName("north", "a"), "e", "result")
     batch = Batch("e", 0, 10, 0, encode_rows([]), lost=[Lost(2, 9, 0, 0, {"residency": 8})])
     for number in range(3):
@@ -301,7 +311,7 @@ def test_the_log_is_a_chain_and_a_change_in_it_shows(tmp_path: Path) -> None:
     assert ledger.record(161.9, older_than=60.0, going_on=going_on) == 0
     assert ledger.record(162.0, older_than=60.0, going_on=going_on) == 1
     ledger.close()
-    ledger = Ledger(tmp_path / "forward.db", 999.0)
+    ledger = opened(999.0)
     log = ledger.decisions()
     assert [(each.number, each.since, each.until) for each in log] == [
         (1, 100.0, 110.0), (2, 101.0, 110.0), (3, 102.0, 162.0),
@@ -313,4 +323,9 @@ def test_the_log_is_a_chain_and_a_change_in_it_shows(tmp_path: Path) -> None:
             check_chain(forged)
     ledger.set_reported(2)
     assert [each.number for each in ledger.decisions(ledger.reported)] == [3]
+    said = {sequence: Settled(3, [(5, 6)]), sequence._replace(epoch="f"): Settled(0, [(0, 1)])}
+    ledger.acknowledged(said)
+    assert ledger.cursors() == said
+    ledger.acknowledged({sequence: Settled(1)})
+    assert ledger.cursors()[sequence] == Settled(1), "a central store may have lost rows"
     ledger.close()
