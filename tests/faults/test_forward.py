@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -164,27 +163,23 @@ def test_packets_lost_doubled_and_overtaken(
     central.close()
 
 
-def test_no_copy_that_a_later_policy_forbids_waits_for_the_next_connection(tmp_path: Path) -> None:
+def test_no_copy_that_a_later_policy_forbids_waits_for_the_next_connection(
+    tmp_path: Path, broker: EmbeddedBroker
+) -> None:
     fleet = Fleet()
-    site = Site(tmp_path / "site", fleet)
-    broker = EmbeddedBroker(tmp_path / "broker")
-    broker.start()
-    central = Central(tmp_path / "central", fleet, broker.url)
+    site, central = Site(tmp_path / "site", fleet), Central(tmp_path / "central", fleet, broker.url)
     central.start()
-    forwarder = site.forward(broker.url, RESIDENCY, replace(PACE, patience=1e9))
-    wait_until(lambda: forwarder.connected)
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGSTOP)  # the connection lives, and nobody reads from it
-    site.produce("result", 0, 20)
-    wait_until(lambda: forwarder.counts["batches"] == 1)
-    forwarder.policy = policy(north=Residency(forward=[]))
-    broker.kill()
-    broker.start()
-    wait_until(lambda: site.behind == 0)
+    with Running(broker.port, Faults(lost=1.0)) as link:
+        forwarder = site.forward(link.url, RESIDENCY, replace(PACE, patience=1e9))
+        site.produce("result", 0, 20)
+        wait_until(lambda: link.proxy.counts["lost"])
+        forwarder.policy = policy(north=Residency(forward=[]))
+        link.proxy.faults = Faults()
+        link.loop.call_soon_threadsafe(link.proxy.cut_all)
+        wait_until(lambda: site.behind == 0)
+        site.close()
     assert central.lanes() == {("turbine-1", "result"): (0, 20, 0, 0)}
-    site.close()
     central.close()
-    broker.stop()
 
 
 def test_a_broker_that_is_killed_again_and_again(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_rows_come_from_the_tables_when_the_journal_let_go_of_them(pair: tuple[S
         ("turbine-1", "result"): (490, 10, 0, 0),
         ("turbine-1", "trend"): (50, 0, 0, 0),
     }
+    gaps = (
+        "select first_seq, last_seq, reason, first_event_time, last_event_time, count from gaps order by all"
+    )
+    assert central.ask(gaps) == site.ask(gaps)
     columns = "seq, stream, key, source_seq, digest, outputs, event_time, alarm"
     ask = f"select {columns} from results order by seq"
     assert central.ask(ask) == site.ask(ask)
