@@ -22,6 +22,7 @@ from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
 
 if TYPE_CHECKING:
+    from agent.peers.settings import Settings as PeerSettings
     from agent.serving.settings import Settings
     from edgeward.wire.enrollment import EnrollPending
     from edgeward.wire.reports import StreamReport
@@ -86,6 +87,20 @@ def run(
     serve_socket: Annotated[
         Path | None, typer.Option(help="A Unix socket for the same over HTTP; user and group may use it.")
     ] = None,
+    peers_listen: Annotated[
+        str,
+        typer.Option(help="HOST:PORT where other agents of this site may fetch what is here (mutual TLS)."),
+    ] = "",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of another agent of this site; may be repeated.")
+    ] = None,
+    peers_dns: Annotated[
+        str, typer.Option(help="NAME:PORT whose addresses are this site's agents: a headless Service on K3s.")
+    ] = "",
+    peers_mdns: Annotated[
+        bool,
+        typer.Option("--peers-mdns", help="Find agents, and be found, by multicast DNS on this network."),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run the agent until it is told to end (SIGTERM or SIGINT). A kill at any instant loses nothing.
@@ -115,9 +130,29 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serving = _serving(serve, serve_grpc, serve_socket)
-    daemon = Daemon(folder, SystemClock(), broker=broker, report_interval=report_interval, serving=serving)
+    daemon = Daemon(
+        folder,
+        SystemClock(),
+        broker=broker,
+        report_interval=report_interval,
+        serving=serving,
+        peers=_peers(peers_listen, peer or [], peers_dns, peers_mdns),
+    )
     print(f"edgeward agent {daemon.name} ready in {folder}", flush=True)
     daemon.run(stop)
+
+
+def _peers(listen: str, static: list[str], dns: str, mdns: bool) -> PeerSettings | None:
+    if not (listen or static or dns or mdns):
+        return None
+    from agent.peers.settings import Settings, parse_address
+
+    return Settings(
+        listen=parse_address(listen, "--peers-listen") if listen else None,
+        static=tuple(parse_address(text, "--peer") for text in static),
+        dns=parse_address(dns, "--peers-dns") if dns else None,
+        mdns=mdns,
+    )
 
 
 def _serving(address: str, grpc_port: int | None, unix_socket: Path | None) -> Settings | None:
@@ -142,35 +177,32 @@ def status(
 ) -> None:
     """Show what the device holds, while its agent runs or not. Example: `edgeward agent status --dir agent`"""
     from agent.holds import Holds
+    from agent.outbox.status import status as outbox_status
+    from agent.peers.figures import FIGURES, read_figures
     from agent.state import State
     from edgeward.clock import SystemClock
-    from edgeward.wire.topics import LANES
 
     path = folder / "state.db"
     if not path.exists():
         raise NotFound(f"{folder} holds no agent's state", hint="run `edgeward agent run` first")
     now = SystemClock().now()
     holds = [hold for hold in Holds(folder).current() if hold.until is None or now < hold.until]
+    obtained = read_figures(folder / FIGURES)
     state = State(path, read_only=True)
     try:
         reported_at, streams = state.stream_reports()
         facts = {
             "generation": state.generation(),
             "timeFloor": state.time_floor(),
-            "epoch": state.epoch,
             "slots": {name: msgspec.to_builtins(record) for name, record in state.slots().items()},
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
+            "shadows": {name: msgspec.to_builtins(report) for name, report in state.shadow_reports().items()},
             "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
-            "outbox": {
-                lane: {"next_seq": state.lane(lane).next_seq, "acked": state.lane(lane).acked}
-                for lane in LANES
-            },
             "holds": msgspec.to_builtins(holds),
-            "sources": {
-                topic: {"epoch": epoch, "seq": seq} for topic, (epoch, seq) in state.sources().items()
-            },
+            "obtained": msgspec.to_builtins(obtained),
+            **outbox_status(folder / "outbox.db"),
         }
     finally:
         state.close()
@@ -185,10 +217,18 @@ def status(
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
         for row in record.get("variants") or []:
             out.print(f"  {variant_line(row)}", markup=False)
+        if (shadow := dict(facts["shadows"]).get(name)) is not None:
+            out.print(f"  {shadow_line(shadow)}", markup=False)
     for report in streams:
         out.print(stream_line(report), markup=False)
+    if obtained.peer_blobs or obtained.controller_blobs:
+        out.print(
+            f"files: {obtained.peer_blobs} from peers ({bundle.size(obtained.peer_bytes)}), "
+            f"{obtained.controller_blobs} from the controller ({bundle.size(obtained.controller_bytes)})"
+        )
     for lane, numbers in dict(facts["outbox"]).items():
-        out.print(f"outbox {lane}: {numbers['next_seq'] - 1 - numbers['acked']} rows wait")
+        lost = f", {numbers['lost']} were lost" if numbers["lost"] else ""
+        out.print(f"outbox {lane}: {numbers['rows']} rows wait ({numbers['bytes'] / 1e6:.1f} MB){lost}")
 
 
 def import_(
@@ -230,6 +270,22 @@ def import_(
         out.print("  this generation was accepted here before; its files are at hand now")
     out.print("a running agent takes it within seconds, otherwise its next start does:")
     out.print(f"  edgeward agent status --dir {folder}")
+
+
+def shadow_line(report: dict[str, Any]) -> str:
+    """One run without acting (ShadowReport as builtins)."""
+    parts = [f"shadow {report['digest'][:12]} {report['state']}"]
+    parts.append(f"{report['agreed']} of {report['seen']} agreed")
+    parts += [
+        f"{report[key]} {key.replace('_', ' ')}" for key in ("failed", "not_finite", "skipped") if report[key]
+    ]
+    if report["psi"] is not None:
+        parts.append(f"PSI {report['psi']:.3f}")
+    if "p95" in report["latency_ms"]:
+        parts.append(f"p95 {report['latency_ms']['p95']:.3g} ms")
+    if report["memory_bytes"]:
+        parts.append(f"{report['memory_bytes'] >> 20} MiB")
+    return "  ".join([*parts, report["reason"]]).rstrip()
 
 
 def variant_line(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import queue
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -14,12 +15,17 @@ import psutil
 
 import edgeward
 from agent import inventory
-from agent.desired import check
+from agent.applying import Applying
+from agent.attempts import Attempts
+from agent.desired import outbox_policies
 from agent.fetch import BlobStore
 from agent.holds import Holds
 from agent.identity import Identity, require_enrolled
 from agent.imports import Imports
+from agent.outbox.outbox import Outbox
 from agent.pace import Pace
+from agent.peers.settings import Settings as PeerSettings
+from agent.peers.site import Site
 from agent.runtime.engine import Engine
 from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
@@ -37,19 +43,19 @@ from agent.trusted_clock import TrustedClock
 from agent.uplink import Uplink
 from agent.verify import Verifier
 from edgeward.clock import Clock
-from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.errors import Conflict, EdgewardError
 from edgeward.mqtt import Broker, Link, Message, Will
-from edgeward.trust import dsse
 from edgeward.wire import topics
-from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
+from edgeward.wire.desired import DesiredState
 from edgeward.wire.envelope import seal
-from edgeward.wire.reports import OutboxReport, Report, Reported, Status
+from edgeward.wire.reports import LaneReport, OutboxReport, Report, Reported, Status
 from edgeward.wire.topics import LANES
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 IMPORT_SECONDS = 1.0
+#: How often a desired state is offered again that the disk did not take, and how many of them are remembered.
 
 
 class Daemon:
@@ -63,8 +69,10 @@ class Daemon:
         broker: str | None = None,
         report_interval: float = 10.0,
         serving: Settings | None = None,
+        peers: PeerSettings | None = None,
     ) -> None:
-        """`serving` says where local applications find the models; None: nowhere.
+        """`serving` says where local applications find the models, `peers` where agents of this site find one
+        another; None: nowhere.
 
         Raises Conflict when another agent uses `folder`, NotFound when it is not enrolled.
         """
@@ -78,11 +86,14 @@ class Daemon:
         require_enrolled(folder)
         self.state = State(folder / "state.db")
         self._clock = clock = TrustedClock(machine_clock, self.state)
+        self.outbox = Outbox(folder / "outbox.db", clock, older=folder / "state.db")
         self.identity = Identity(folder, clock)
         self.name = self.identity.name
         self._boot = self.state.next_boot()
+        attempts = Attempts(self.state)
         self._n = 0
         self._number = threading.Lock()
+        self._shadows = self.state.shadow_reports()
         self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
@@ -93,8 +104,26 @@ class Daemon:
         self._imports = Imports(folder)
         self._imports.sweep()
         self._imported = 0
+        self._site = (
+            None
+            if peers is None
+            else Site(
+                folder,
+                peers,
+                self.identity,
+                blobs,
+                clock,
+                lambda digest: digest not in self.state.quarantined(),
+            )
+        )
         verifier = Verifier(
-            folder / "tuf", trust.tuf_root.encode(), blobs, self.identity.transport, clock, self._imports
+            folder / "tuf",
+            trust.tuf_root.encode(),
+            blobs,
+            self.identity.transport,
+            clock,
+            self._imports,
+            None if self._site is None else self._site.peers,
         )
         self.engine = Engine(
             on_crash_loop=lambda name, losses, seconds: self.slots.crash_looped(name, losses, seconds),
@@ -114,7 +143,16 @@ class Daemon:
             self._changed,
             setup,
             lambda slot, opened: self.streams.problem(slot, opened),
+            attempts,
             Gate(clock.moment, Holds(folder), pace),
+        )
+        self._applying = Applying(
+            self.state,
+            attempts,
+            self.name,
+            lambda: self.identity.enrollment.trust.desired_keys,
+            self._apply,
+            clock,
         )
         self._catalog = SlotCatalog(self.slots)
         self._status_topic = topics.status(self.name)
@@ -130,7 +168,7 @@ class Daemon:
             max_reconnect_delay=10.0,
         )
         self.uplink = Uplink(
-            self.state,
+            self.outbox,
             self.name,
             self.identity.anchor,
             self.identity.signer,
@@ -141,7 +179,7 @@ class Daemon:
         self._local = LocalLink(self.link.subscribe, self.link.unsubscribe, self.link.publish)
         self.streams = Streams(
             self.name,
-            self.state,
+            self.outbox,
             clock,
             self.slots.active,
             self._local,
@@ -160,11 +198,13 @@ class Daemon:
             if self._server is not None:
                 self.engine.call(self._server.start())
             self.slots.start()
+            if self._site is not None:
+                self._site.start()
         except BaseException:
             self.engine.stop()
             raise
         self._catalog.refresh()
-        self._apply_stored()
+        self._applying.restore()
         self._take_import()
         self._catalog.settle()
         self.uplink.start()
@@ -177,61 +217,58 @@ class Daemon:
                 self._wake.wait(0.25)
                 self._wake.clear()
                 now = self._clock.monotonic()
-                while not self._offers.empty():
-                    self._offer(self._offers.get())
-                if renewed.is_set():
-                    renewed.clear()
-                    self._on_connect()
-                if self._reported_due.is_set() and self.link.connected:
-                    self._reported_due.clear()
-                    self._send_reported()
-                if now - last_report >= self._interval and self.link.connected:
-                    self._send_report(now - last_report)
-                    last_report = now
-                if not self.link.connected and now - last_poll >= POLL_SECONDS:
-                    last_poll = now
-                    self._poll_desired()
-                if now - last_import >= IMPORT_SECONDS:
-                    last_import = now
-                    self._take_import()
+                try:
+                    if renewed.is_set():
+                        renewed.clear()
+                        self._on_connect()
+                    self._take_offers()
+                    if self._reported_due.is_set() and self.link.connected:
+                        self._reported_due.clear()
+                        self._send_reported()
+                    if now - last_report >= self._interval and self.link.connected:
+                        since, last_report = now - last_report, now
+                        self._send_report(since)
+                    if not self.link.connected and now - last_poll >= POLL_SECONDS:
+                        last_poll = now
+                        self._poll_desired()
+                    if now - last_import >= IMPORT_SECONDS:
+                        last_import = now
+                        self._take_import()
+                except Exception:
+                    # A full disk, or a bug over one of these: the others, and what runs, must go on.
+                    log.exception("the daemon's turn failed")
         finally:
+            self._applying.stop()
             self.streams.stop()
             self.link.publish(self._status_topic, self._status("offline"), retain=True)
             if self._server is not None:
                 self.engine.call(self._server.stop())
             self.uplink.stop()
             self.link.stop()
+            if self._site is not None:
+                self._site.stop()
             self.slots.stop()
             self.engine.stop()
+            self.outbox.close()
             self.state.close()
             os.close(self._lock_file)
 
     # desired state
 
-    def _apply_stored(self) -> None:
-        """What was accepted before goes on after a restart, without a network and whatever its expiry."""
-        raw = self.state.desired()
-        if raw is not None:
-            keys = self.identity.enrollment.trust.desired_keys
-            try:
-                self._apply(dsse.verify(raw, PAYLOAD_TYPE, keys, DesiredState))
-            except TrustError as error:
-                log.error("the stored desired state is damaged, waiting for a new one: %s", error)
+    def _take_offers(self) -> None:
+        while not self._offers.empty():
+            self._offer(self._offers.get())
+        before = self._applying.conditions()
+        self._applying.look()
+        if self._applying.conditions() != before:
+            self._changed()
 
     def _offer(self, raw: bytes) -> None:
-        try:
-            trust = self.identity.enrollment.trust
-            desired = check(raw, trust.desired_keys, self.name, self.state.generation(), self._clock)
-        except TrustError as error:
-            log.warning("refused desired state: %s", error)
-            return
-        if desired is not None:
-            self.state.accept_desired(desired.generation, raw)
-            log.info("desired generation %d", desired.generation)
-            self._apply(desired)
+        self._applying.offer(raw)
         self._changed()
 
     def _apply(self, desired: DesiredState) -> None:
+        self.outbox.keep(outbox_policies(desired))
         # The streams first: a new model is held against those that it will get.
         self.streams.apply(desired.streams)
         self.slots.wish(desired.slots, desired.delivery)
@@ -259,7 +296,7 @@ class Daemon:
                 # The same generation may have come by MQTT before, without a way to its models.
                 self.slots.retry()
                 self._imports.drop(found.number - 1)
-            elif self.slots.settled():
+            elif not self._applying.unkept and self.slots.settled():
                 self._imports.drop(found.number)
                 self._imported = 0  # the next one's number begins anew
         except OSError as error:
@@ -301,17 +338,25 @@ class Daemon:
     def _status(self, state: str) -> bytes:
         boot, n, at = self._next()
         status = Status(
-            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.state.epoch,
+            boot, n, at, "online" if state == "online" else "offline", edgeward.__version__, self.outbox.epoch,
             self._inventory,
         )  # fmt: skip
         return self._seal(status, self._status_topic)
 
     def _send_reported(self) -> None:
+        slots = self.slots.report()
+        shadows = {name: slot.shadow for name, slot in slots.items() if slot.shadow is not None}
+        if shadows != self._shadows:
+            self._shadows = shadows
+            try:
+                self.state.set_shadow_reports(shadows)  # for `edgeward agent status`
+            except (OSError, sqlite3.Error) as error:
+                log.warning("what a shadow has seen is not written down: %s", error)
         reported = Reported(
             *self._next(),
             self.state.generation(),
-            self.slots.report(),
-            conditions=self.slots.conditions(),
+            slots,
+            conditions=[*self._applying.conditions(), *self.slots.conditions()],
             quarantined=list(self.state.quarantined()),
             holds=self.slots.holds(),
         )
@@ -319,18 +364,27 @@ class Daemon:
         self.link.publish(topic, self._seal(reported, topic), retain=True)
 
     def _send_report(self, seconds: float) -> None:
-        rows, size = self.state.outbox_size()
-        acked = sum(self.state.lane(lane).floor for lane in LANES)
+        sizes = self.outbox.sizes()
+        acked = sum(self.outbox.lane(lane).floor for lane in LANES)
         boot, n, now = self._next()
         streams = self.streams.report()
-        self.state.set_stream_reports(now, streams)
+        try:
+            self.state.set_stream_reports(now, streams)
+        except sqlite3.Error as error:  # `edgeward agent status` shows an older one
+            log.warning("the streams' report cannot be written down: %s", error)
         report = Report(
             boot,
             n,
             now,
             seconds,
             streams,
-            OutboxReport(rows, size, acked, 0),
+            OutboxReport(
+                sum(size.rows for size in sizes.values()),
+                sum(size.bytes for size in sizes.values()),
+                acked,
+                sum(size.lost for size in sizes.values()),
+                {lane: LaneReport(size.rows, size.bytes, size.lost) for lane, size in sizes.items()},
+            ),
             psutil.Process().memory_info().rss,
         )
         topic = topics.report(self.name)

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 from agent.pace import Pace
 from edgeward.client.transport import Transport
 from edgeward.clock import Clock
-from edgeward.errors import DigestMismatch, EdgewardError, Unavailable
+from edgeward.errors import DigestMismatch, EdgewardError, TrustError, Unavailable
 from edgeward.identifiers import check_digest
-from edgeward.storage import fsync_folder
+from edgeward.storage import fsync_folder, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,33 @@ class Limits:
     rate: float = 512.0
     window: float = 30.0
     deadline: float = 3600.0
+
+
+class NotAsAsked(TrustError):
+    """The answer is another one than was asked for; nothing of it was written."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a blob comes from: `path` before its digest, and the name's end of what has arrived from there.
+
+    An `exact` one must answer with just the bytes that are missing, and say so; its `limits` are its own. What
+    comes over the site's own network (`local`) has no cap and no window: those are for the site's link.
+    """
+
+    path: str
+    partial: str
+    exact: bool = False
+    local: bool = False
+    limits: Limits | None = None
+
+
+#: May answer a Range with the whole, as HTTP permits.
+CONTROLLER = Origin("/artifacts", ".part")
+#: What peers have sent never mixes with the controller's: a lie must not cost bytes of the site's link.
+PEER = Origin(
+    "/blobs", ".peer", exact=True, local=True, limits=Limits(rate=16384.0, window=5.0, deadline=900.0)
+)
 
 
 class NoRoom(Unavailable):
@@ -62,17 +89,18 @@ class BlobStore:
         self.pace = pace
         self._limits = limits or Limits()
         self._reserve = reserve
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def path(self, digest: str) -> Path:
         return self.folder / check_digest(digest)
 
     def read(self, digest: str, size: int) -> bytes:
-        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then."""
+        """The bytes, hashed again: what lies on a disk can change. Raises DigestMismatch, and drops it then;
+        EdgewardError when it is not there, OSError when the disk does not give it."""
         path = self.path(digest)
         try:
             content = path.read_bytes()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise EdgewardError(f"blob {digest[:16]} cannot be read: {error.strerror}") from None
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             path.unlink(missing_ok=True)
@@ -89,26 +117,41 @@ class BlobStore:
                 freed += size
         return freed
 
-    def fetch(self, transport: Transport, digest: str, size: int, clock: Clock) -> Path:
-        """Download `/artifacts/{digest}` of exactly `size` bytes, going on where an earlier try stopped.
+    def has(self, digest: str, size: int) -> bool:
+        path = self.path(digest)
+        return path.exists() and path.stat().st_size == size
 
-        Raises DigestMismatch when the result is not what was asked for, NoRoom before the first byte, Paused
-        when nothing may be transferred now, Unavailable when the transfer breaks or is too slow (what has
-        arrived is kept for the next try), OSError when the disk does not take it.
+    def arrived(self, digest: str, origin: Origin) -> int:
+        """Bytes of it that have come from there and are not whole yet."""
+        try:
+            return self.path(digest).with_suffix(origin.partial).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def fetch(
+        self, transport: Transport, digest: str, size: int, clock: Clock, origin: Origin = CONTROLLER
+    ) -> Path:
+        """Download the blob of exactly `size` bytes from `origin`, going on where an earlier try stopped.
+
+        Raises DigestMismatch when the result is not what was asked for, NotAsAsked when an exact origin's
+        answer is not, NoRoom before the first byte, Paused when nothing may be transferred now,
+        Unavailable when the transfer breaks or is too slow (what has arrived is kept for the next try),
+        OSError when the disk does not take it.
         """
         path = self.path(digest)
-        if path.exists() and path.stat().st_size == size:
+        if self.has(digest, size):
+            self._clear(path)
             return path
-        partial = path.with_suffix(".part")
-        have = partial.stat().st_size if partial.exists() else 0
+        partial = path.with_suffix(origin.partial)
+        have = self.arrived(digest, origin)
         if have > size:
             partial.unlink()
             have = 0
         if have < size:
-            if self.pace is not None:
+            if self.pace is not None and not origin.local:
                 self.pace.begin()
             self.check_room(digest, size - have)
-            self._transfer(transport, digest, size, partial, have, clock)
+            self._transfer(transport, digest, size, partial, have, clock, origin)
         with partial.open("rb") as file:
             got = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -117,7 +160,14 @@ class BlobStore:
             raise DigestMismatch(f"artifact {digest[:16]}: what was downloaded hashes to {got[:16]}")
         partial.rename(path)
         fsync_folder(self.folder)
+        self._clear(path)
         return path
+
+    @staticmethod
+    def _clear(path: Path) -> None:
+        """What has arrived in part of what is whole by now, from elsewhere or as a delta."""
+        for origin in (CONTROLLER, PEER):
+            path.with_suffix(origin.partial).unlink(missing_ok=True)
 
     def check_room(self, digest: str, size: int) -> None:
         """Raises NoRoom unless `size` more bytes leave the reserve free."""
@@ -126,15 +176,31 @@ class BlobStore:
             raise NoRoom(digest, free, size + self._reserve)
 
     def _transfer(
-        self, transport: Transport, digest: str, size: int, partial: Path, have: int, clock: Clock
+        self,
+        transport: Transport,
+        digest: str,
+        size: int,
+        partial: Path,
+        have: int,
+        clock: Clock,
+        origin: Origin,
     ) -> None:
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
         with (
-            watched(f"artifact {digest[:16]}", self._limits, clock, self.pace) as watch,
-            transport.stream(f"/artifacts/{digest}", headers=headers, connected=watch.connected) as response,
+            watched(
+                f"artifact {digest[:16]}", origin.limits or self._limits, clock, self.pace, local=origin.local
+            ) as watch,
+            transport.stream(
+                f"{origin.path}/{digest}",
+                headers=headers,
+                connected=watch.connected,
+                elsewhere=not origin.exact,
+            ) as response,
         ):
+            if origin.exact:
+                _check_exact(response.status_code, response.headers, have, size)
             if have and not _goes_on(response.status_code, response.headers.get("Content-Range"), have):
                 have = 0
             with partial.open("r+b" if have else "wb") as file:
@@ -155,23 +221,39 @@ def _goes_on(status: int, content_range: str | None, have: int) -> bool:
     return status == 206 and (content_range or "").startswith(f"bytes {have}-")
 
 
+def _check_exact(status: int, headers: Mapping[str, str], have: int, size: int) -> None:
+    """Raises NotAsAsked."""
+    wanted = {"content-length": str(size - have)}
+    if have:
+        wanted["content-range"] = f"bytes {have}-{size - 1}/{size}"
+    for name, value in wanted.items():
+        if headers.get(name) != value:
+            raise NotAsAsked(f"{name} is {headers.get(name)!r} where {value!r} was asked for")
+    if status != (206 if have else 200):
+        raise NotAsAsked(f"the status is {status} for the bytes from {have} on")
+
+
 class Watch:
     """One transfer's progress, and its connection, for the thread that ends it when there is too little."""
 
-    def __init__(self, clock: Clock, pace: Pace | None = None) -> None:
+    def __init__(self, clock: Clock, pace: Pace | None = None, local: bool = False) -> None:
         self.received = 0
         self.problem = ""
         self._clock = clock
         self._pace = pace
+        self._local = local
         self._held = 0.0
         self._held_since: float | None = None
         self._connection: socket.socket | None = None
 
     def connected(self, connection: socket.socket) -> None:
         # A descriptor of our own: the client may close, and the system hand out again, the other at any time.
+        before = self._connection
         self._connection = socket.fromfd(connection.fileno(), connection.family, connection.type)
-        if self._pace is not None:
+        if self._pace is not None and not self._local:
             self._pace.narrow(self._connection)
+        if before is not None:  # the controller's, which pointed elsewhere
+            before.close()
         if self.problem:
             self.cut(self.problem)
 
@@ -185,7 +267,7 @@ class Watch:
             return
         self._held_since = self._clock.monotonic()
         try:
-            self._pace.take(count)
+            self._pace.take(count, capped=not self._local)
         finally:
             self._held, self._held_since = self.held(), None
 
@@ -209,9 +291,11 @@ class Watch:
 
 
 @contextmanager
-def watched(what: str, limits: Limits, clock: Clock, pace: Pace | None = None) -> Iterator[Watch]:
+def watched(
+    what: str, limits: Limits, clock: Clock, pace: Pace | None = None, *, local: bool = False
+) -> Iterator[Watch]:
     """Raises Unavailable when the transfer in the block was too slow, apart from what `pace` held it up."""
-    watch, done = Watch(clock, pace), threading.Event()
+    watch, done = Watch(clock, pace, local), threading.Event()
 
     def look() -> None:
         begun = mark = clock.monotonic()

@@ -24,7 +24,7 @@ from pathlib import Path
 from agent.fetch import BlobStore
 from edgeward.errors import Conflict
 from edgeward.identifiers import check_digest
-from edgeward.storage import fsync_folder
+from edgeward.storage import fsync_folder, make_folder
 
 _DIGITS = 12
 _PART = "part-"
@@ -97,7 +97,7 @@ class Imports:
 
         Raises Conflict when another import is under way. Left by an error, or killed, there is no import.
         """
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        make_folder(self.folder, mode=0o700)
         with self._locked():
             self._remove_parts()
             part = self.folder / f"{_PART}{secrets.token_hex(4)}"

@@ -26,6 +26,7 @@ class Event(StrEnum):
     FETCHED = "fetched"
     VERIFIED = "verified"
     TESTING = "testing"
+    SHADOWING = "shadowing"
     PASSED = "passed"
     REFUSED = "refused"
     UNAVAILABLE = "unavailable"
@@ -52,6 +53,11 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.SELF_TEST, Event.PASSED): Phase.ACTIVE,
     (Phase.SELF_TEST, Event.REFUSED): Phase.QUARANTINED,
     (Phase.SELF_TEST, Event.UNAVAILABLE): Phase.PENDING,
+    # On live inputs, beside what runs and without acting.
+    (Phase.SELF_TEST, Event.SHADOWING): Phase.SHADOW,
+    (Phase.SHADOW, Event.PASSED): Phase.ACTIVE,
+    (Phase.SHADOW, Event.REFUSED): Phase.QUARANTINED,
+    (Phase.SHADOW, Event.UNAVAILABLE): Phase.PENDING,
     (Phase.ACTIVE, Event.CRASH_LOOP): Phase.DEGRADED,
     (Phase.DEGRADED, Event.RECOVERED): Phase.ACTIVE,
     # Not the time for it, or somebody at the device says no: what has been done so far stays.
@@ -59,8 +65,10 @@ TABLE: dict[tuple[Phase, Event], Phase] = {
     (Phase.DOWNLOADING, Event.CLOSED): Phase.PENDING,
     (Phase.STAGED, Event.CLOSED): Phase.STAGED,
     (Phase.SELF_TEST, Event.CLOSED): Phase.STAGED,
+    (Phase.SHADOW, Event.CLOSED): Phase.STAGED,
     (Phase.STAGED, Event.HELD): Phase.HELD,
     (Phase.SELF_TEST, Event.HELD): Phase.HELD,
+    (Phase.SHADOW, Event.HELD): Phase.HELD,
     (Phase.HELD, Event.HELD): Phase.HELD,
     (Phase.HELD, Event.RELEASED): Phase.STAGED,
     # The guard's policy is broken: the predecessor takes over, or there is none that can.

@@ -27,8 +27,8 @@ class Paused(Unavailable):
 
 
 class Pace:
-    """Thread-safe. Whatever transfers an artifact, from whomever, calls `begin` before its first byte and `take`
-    with the length of each chunk that has arrived."""
+    """Thread-safe. Whatever transfers an artifact over the site's link calls `begin` before its first byte and
+    `take` with the length of each chunk that has arrived; over the site's own network, `take` not `capped`."""
 
     def __init__(self, clock: Clock, wait: Callable[[float], None] | None = None) -> None:
         """`wait` passes so many seconds, or fewer; for tests that bring their own time."""
@@ -66,26 +66,27 @@ class Pace:
         if (paused := self._closed()) is not None:
             raise paused
 
-    def take(self, count: int) -> None:
-        """Wait until `count` bytes, which have arrived, fit under the cap.
+    def take(self, count: int, *, capped: bool = True) -> None:
+        """Wait until `count` bytes, which have arrived, fit under the cap; not for it unless `capped`.
 
         Raises Paused when transfers must pause, Unavailable when the agent ends.
         """
         with self._changed:
             self._refill()
-            self._left -= count
+            self._left -= count if capped else 0
         while True:
             now = self._clock.monotonic()
             if now - self._looked >= LOOK_SECONDS:
                 self._looked = now
                 self.meanwhile()
-                self.begin()
+                if capped:
+                    self.begin()
             with self._changed:
                 if self._stopped:
                     raise Unavailable("the agent ends")
                 self._refill()
                 rate = self._rate
-                if rate is None or self._left >= 0:
+                if rate is None or self._left >= 0 or not capped:
                     return
                 missing = -self._left / rate
             self._wait(min(missing, LOOK_SECONDS))

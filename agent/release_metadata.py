@@ -16,7 +16,19 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from agent.trusted_clock import LATEST, TrustedClock
 from edgeward.errors import Unavailable
+from edgeward.storage import fsync_folder, make_folder, write_atomic
 from edgeward.wire.signed_time import TUF_FIELD
+
+
+class _DurableUpdater(Updater):
+    """python-tuf renames without fsync: a power cut could leave an empty timestamp, and with it no memory of the
+    newest version that was seen. What is accepted here is on the disk before it is gone by."""
+
+    def _persist_file(self, filename: str, data: bytes) -> None:
+        path = Path(filename)
+        # The root that it starts with is handed to it each time: no write for what is there.
+        if not (path.is_file() and path.read_bytes() == data):
+            write_atomic(path, data)
 
 
 class MetadataExpired(Unavailable):
@@ -34,14 +46,20 @@ def refresh(folder: Path, url: str, fetcher: FetcherInterface, root: bytes, cloc
     Unavailable when the metadata cannot be had, MetadataRefused when it does not verify or is older than
     before, MetadataExpired when its time is over.
     """
+    # python-tuf has no port for the disk; without these it would do its own writes, or go by the local clock.
+    if not hasattr(Updater, "_persist_file"):
+        raise Unavailable("this python-tuf cannot be made to fsync", hint="install the locked version")
+    make_folder(folder / "root_history")
     try:
-        updater = Updater(str(folder), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
+        updater = _DurableUpdater(str(folder), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
         trusted = updater._trusted_set
-        # python-tuf has no argument for it; without the attribute it would go by the local clock.
         if not hasattr(trusted, "reference_time"):
             raise Unavailable("this python-tuf cannot be told the time", hint="install the locked version")
         trusted.reference_time = _time(clock.now())
         updater.refresh()
+        # What was renamed by a run that was killed, or whose fsync failed, counts as accepted from here on.
+        fsync_folder(folder / "root_history")
+        fsync_folder(folder)
         timestamp = trusted.timestamp
         clock.learn(_signed_at(timestamp))
         # The timestamp may have proven that it is later than `reference_time`.

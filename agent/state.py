@@ -1,57 +1,32 @@
-"""The device's durable state: one SQLite file, WAL, synchronous=FULL.
-
-Results and the source position they came from are written in one transaction, so that a kill at any
-instant leaves both or neither.
-"""
+"""The device's durable state but for its outbox: one SQLite file, WAL, synchronous=FULL."""
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from agent.attempts import Attempt
 from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.reports import StreamReport, VariantMeasure
-from edgeward.wire.rows import Row
+from edgeward.wire.reports import ShadowReport, StreamReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
-from edgeward.wire.topics import LANES, Lane
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS slot (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS verdict (digest TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS measurement (key TEXT PRIMARY KEY, value BLOB NOT NULL, at REAL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS source (topic TEXT PRIMARY KEY, epoch TEXT, seq INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS trend (stream TEXT, n INTEGER, change BLOB NOT NULL, PRIMARY KEY (stream, n)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS lane (name TEXT PRIMARY KEY, next_seq INTEGER, acked INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS outbox (lane TEXT, seq INTEGER, row BLOB NOT NULL, PRIMARY KEY (lane, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempt (key TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 """
 
 MEASUREMENTS_KEPT = 256
 
 _encode = msgspec.msgpack.Encoder().encode
-
-#: Rows in one statement.
-_INSERTED = 100
-
-
-@dataclass(frozen=True)
-class LaneState:
-    """`next_seq` is the number the next row gets; everything up to `acked` is stored (-1: nothing)."""
-
-    next_seq: int
-    acked: int
-
-    @property
-    def floor(self) -> int:
-        return self.acked + 1
 
 
 class SlotRecord(msgspec.Struct, frozen=True):
@@ -88,15 +63,6 @@ class Measurement(msgspec.Struct, frozen=True):
     memory_bytes: int
 
 
-@dataclass(frozen=True)
-class TrendChange:
-    """What is to be known of a stream's open trends: all of it (`whole`), or what came to it."""
-
-    stream: str
-    data: bytes
-    whole: bool
-
-
 class State:
     """Thread-safe. Writes belong into `transaction`, which is durable when it is left."""
 
@@ -110,11 +76,9 @@ class State:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-            with self.transaction():
-                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
-                for lane in LANES:
-                    self._db.execute("INSERT OR IGNORE INTO lane VALUES (?, 0, -1)", (lane,))
-        self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
+        else:
+            # Fails while the agent is just making the file: this table comes last.
+            self._db.execute("SELECT 1 FROM attempt LIMIT 1")
 
     def close(self) -> None:
         with self._lock:
@@ -126,10 +90,12 @@ class State:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # Of a full or broken disk, SQLite has rolled back by itself; else the next one could not begin.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # small facts
 
@@ -183,6 +149,19 @@ class State:
 
     def set_stream_reports(self, at: float, reports: list[StreamReport]) -> None:
         self._set_meta("streams", _encode((at, reports)))
+
+    def shadow_reports(self) -> dict[str, ShadowReport]:
+        """The newest run without acting of each slot, as it was last reported."""
+        value = self._meta("shadows")
+        try:
+            if isinstance(value, bytes):
+                return msgspec.msgpack.decode(value, type=dict[str, ShadowReport])
+        except msgspec.DecodeError:  # another version of the agent wrote it
+            pass
+        return {}
+
+    def set_shadow_reports(self, reports: dict[str, ShadowReport]) -> None:
+        self._set_meta("shadows", _encode(reports))
 
     # slots
 
@@ -241,86 +220,24 @@ class State:
                 (MEASUREMENTS_KEPT,),
             )
 
-    # sources
+    # attempts
 
-    def source(self, topic: str) -> tuple[str, int] | None:
-        """The sensor epoch and the last sequence number whose rows are durable."""
+    def attempts(self) -> dict[str, Attempt]:
+        """What was begun and has not come to its end, without what another version of the agent wrote."""
         with self._lock:
-            row = self._db.execute("SELECT epoch, seq FROM source WHERE topic=?", (topic,)).fetchone()
-        return None if row is None else (row[0], row[1])
+            rows = self._db.execute("SELECT key, record FROM attempt").fetchall()
+        found = {}
+        for key, record in rows:
+            try:
+                found[key] = msgspec.msgpack.decode(record, type=Attempt)
+            except msgspec.DecodeError:
+                continue
+        return found
 
-    def sources(self) -> dict[str, tuple[str, int]]:
-        with self._lock:
-            rows = self._db.execute("SELECT topic, epoch, seq FROM source").fetchall()
-        return {topic: (epoch, seq) for topic, epoch, seq in rows}
-
-    # outbox
-
-    def commit_rows(
-        self,
-        rows: Iterable[tuple[Lane, Row]],
-        positions: dict[str, tuple[str, int]] | None = None,
-        trends: Iterable[TrendChange] = (),
-    ) -> None:
-        """Append rows to their lanes, advance source positions and note open trends, all or nothing."""
-        by_lane: dict[Lane, list[bytes]] = {}
-        for lane, row in rows:
-            by_lane.setdefault(lane, []).append(_encode(row))
+    def set_attempts(self, changes: Mapping[str, Attempt | None]) -> None:
         with self.transaction():
-            for lane, encoded in by_lane.items():
-                (first,) = self._db.execute("SELECT next_seq FROM lane WHERE name=?", (lane,)).fetchone()
-                for start in range(0, len(encoded), _INSERTED):
-                    self._insert(lane, first + start, encoded[start : start + _INSERTED])
-                self._db.execute("UPDATE lane SET next_seq=? WHERE name=?", (first + len(encoded), lane))
-            for topic, (epoch, seq) in (positions or {}).items():
-                self._db.execute("INSERT OR REPLACE INTO source VALUES (?,?,?)", (topic, epoch, seq))
-            for change in trends:
-                self._note(change)
-
-    def _insert(self, lane: Lane, first: int, encoded: list[bytes]) -> None:
-        """In one statement: each step of `executemany` gives up the interpreter and waits to get it back."""
-        values: list[object] = []
-        for seq, row in enumerate(encoded, first):
-            values += (lane, seq, row)
-        self._db.execute(f"INSERT INTO outbox VALUES {','.join(['(?,?,?)'] * len(encoded))}", values)  # noqa: S608  # only placeholders
-
-    def _note(self, trends: TrendChange) -> None:
-        stream = trends.stream
-        if trends.whole:
-            self._db.execute("DELETE FROM trend WHERE stream=?", (stream,))
-        self._db.execute(
-            "INSERT INTO trend SELECT ?, coalesce(max(n), -1) + 1, ? FROM trend WHERE stream=?",
-            (stream, trends.data, stream),
-        )
-
-    def open_trends(self, stream: str) -> list[bytes]:
-        """What was noted of a stream's open trends, in order: the first one is whole."""
-        with self._lock:
-            rows = self._db.execute("SELECT change FROM trend WHERE stream=? ORDER BY n", (stream,))
-            return [row[0] for row in rows]
-
-    def lane(self, lane: Lane) -> LaneState:
-        with self._lock:
-            row = self._db.execute("SELECT next_seq, acked FROM lane WHERE name=?", (lane,)).fetchone()
-        return LaneState(*row)
-
-    def read_rows(self, lane: Lane, first: int, last: int) -> list[bytes]:
-        """Rows `first .. last` of a lane as MessagePack; fewer when an ack has removed some meanwhile."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT row FROM outbox WHERE lane=? AND seq BETWEEN ? AND ? ORDER BY seq",
-                (lane, first, last),
-            ).fetchall()
-        return [row[0] for row in rows]
-
-    def acknowledge(self, lane: Lane, seq: int) -> None:
-        """The trend store has everything up to `seq`: those rows die."""
-        with self.transaction():
-            self._db.execute("DELETE FROM outbox WHERE lane=? AND seq<=?", (lane, seq))
-            self._db.execute("UPDATE lane SET acked=max(acked, ?) WHERE name=?", (seq, lane))
-
-    def outbox_size(self) -> tuple[int, int]:
-        """Rows and bytes that wait."""
-        with self._lock:
-            row = self._db.execute("SELECT count(*), coalesce(sum(length(row)), 0) FROM outbox").fetchone()
-        return int(row[0]), int(row[1])
+            for key, attempt in changes.items():
+                if attempt is None:
+                    self._db.execute("DELETE FROM attempt WHERE key=?", (key,))
+                else:
+                    self._db.execute("INSERT OR REPLACE INTO attempt VALUES (?,?)", (key, _encode(attempt)))

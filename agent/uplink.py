@@ -1,14 +1,18 @@
-"""From the outbox to the trend store: batches in order, a bounded number in flight, until acknowledged."""
+"""From the outbox to the trend store: a bounded number of batches in flight, until each is acknowledged."""
 
 from __future__ import annotations
 
 import logging
+import random
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from agent.state import State
+from agent.outbox.outbox import Outbox
+from agent.outbox.pacing import MAX_TIMEOUT, Pace, acknowledged, backoff, timed_out
+from agent.outbox.sending import Key, Schedule
 from edgeward.clock import Clock
 from edgeward.errors import InvalidDocument, TrustError
 from edgeward.identifiers import DeviceName
@@ -16,42 +20,26 @@ from edgeward.trust.certificates import StoreIdentity, TrustAnchor
 from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import open_envelope, seal
-from edgeward.wire.rows import Ack, Batch, join_rows
+from edgeward.wire.rows import MAX_ACK_RANGES, Ack, Batch, join_rows
 from edgeward.wire.topics import LANES, Lane
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 500
-WINDOW_ROWS = 4 * BATCH_ROWS
-RESEND_AFTER = 2.0
-MAX_RESEND_AFTER = 30.0
+MAX_ROWS = 2000
+#: Seconds between looks at ages and budgets.
+TEND_S = 1.0
+#: A fleet that lost its broker finds it again at one instant: the first batches are spread over so long, and
+#: over longer when the connection does not last until an ack.
+SPREAD_S, MAX_SPREAD_S = 0.5, 30.0
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
-class Sending:
-    """How far one lane has been sent. `since` is when it last made progress, monotonic seconds."""
+class _Resume:
+    """When to begin after a reconnect, monotonic seconds; `failures` connections before brought no ack."""
 
-    sent: int = -1
-    since: float = 0.0
-    patience: float = RESEND_AFTER
-
-
-def plan(state: Sending, next_seq: int, acked: int, now: float) -> tuple[Sending, tuple[int, int] | None]:
-    """What to send next: `(first, count)` or None, and the state afterwards. Pure.
-
-    At most WINDOW_ROWS are unacknowledged; without progress for `patience` seconds everything from the
-    lowest unacknowledged row goes again, and patience doubles.
-    """
-    sent = max(state.sent, acked)
-    if sent > acked and now - state.since >= state.patience:
-        state = Sending(acked, now, min(state.patience * 2, MAX_RESEND_AFTER))
-        sent = acked
-    first = sent + 1
-    count = min(BATCH_ROWS, next_seq - first, acked + 1 + WINDOW_ROWS - first)
-    if count <= 0:
-        return replace(state, sent=sent), None
-    since = now if sent == acked else state.since
-    return Sending(first + count - 1, since, state.patience), (first, count)
+    at: float = 0.0
+    failures: int = -1
 
 
 class Uplink:
@@ -59,23 +47,30 @@ class Uplink:
 
     def __init__(
         self,
-        state: State,
+        outbox: Outbox,
         name: DeviceName,
         anchor: TrustAnchor,
         signer: Callable[[], SigningIdentity],
         clock: Clock,
         publish: Callable[[str, bytes], bool],
         connected: Callable[[], bool],
+        chance: Callable[[], float] = random.random,
     ) -> None:
-        self._state = state
+        """`chance` is uniform in 0 .. 1."""
+        self._outbox = outbox
         self._name = name
         self._anchor = anchor
         self._signer = signer
         self._clock = clock
         self._publish = publish
         self._connected = connected
-        self._sending: dict[Lane, Sending] = {lane: Sending() for lane in LANES}
+        self._chance = chance
         self._lock = threading.Lock()
+        self._schedule = Schedule()
+        self._resume = _Resume()
+        self._tended = clock.monotonic()
+        self._slowed = 0.0
+        self.pace = Pace()
         self._wake = threading.Event()
         self._stop = False
         self._thread = threading.Thread(target=self._work, name="uplink", daemon=True)
@@ -98,9 +93,12 @@ class Uplink:
         self._wake.set()
 
     def reconnected(self) -> None:
-        """What was in flight is gone: begin again at the lowest unacknowledged row, at once."""
+        """What was in flight is gone: begin again, soon, at a moment of this device's own."""
+        now = self._clock.monotonic()
         with self._lock:
-            self._sending = {lane: Sending() for lane in LANES}
+            failures = self._resume.failures + 1
+            self._resume = _Resume(now + backoff(SPREAD_S, failures, MAX_SPREAD_S, self._chance()), failures)
+            self._schedule = Schedule()
         self._wake.set()
 
     def on_ack(self, topic: str, payload: bytes) -> None:
@@ -113,47 +111,89 @@ class Uplink:
             if not isinstance(opened.identity, StoreIdentity) or self._name.site not in opened.identity.sites:
                 raise TrustError(f"{opened.identity} may not acknowledge for site {self._name.site}")
             ack = opened.decode(Ack)
-            lane = self._state.lane(parsed.lane)
-            if ack.epoch != self._state.epoch or ack.seq >= lane.next_seq:
-                raise TrustError(f"ack of epoch {ack.epoch[:32]} up to {ack.seq} fits no row of this outbox")
+            self._check(parsed.lane, ack)
+            self._outbox.acknowledge(ack.epoch, parsed.lane, ack.seq, ack.ranges)
         except (TrustError, InvalidDocument) as error:
             self.counts["refused acks"] += 1
             log.warning("ignored an ack on %s: %s", topic[:200], error)
             return
-        if ack.seq > lane.acked:
-            self._state.acknowledge(parsed.lane, ack.seq)
-            with self._lock:
-                sending = self._sending[parsed.lane]
-                self._sending[parsed.lane] = Sending(sending.sent, self._clock.monotonic())
-            self._wake.set()
+        except (OSError, sqlite3.Error) as error:
+            # The rows stay; they are sent again, and acknowledged again.
+            log.warning("an ack could not be noted: %s", error)
+            return
+        self._arrived((ack.epoch, parsed.lane), ack)
+
+    def _check(self, lane: Lane, ack: Ack) -> None:
+        """Raises TrustError for numbers that this outbox never gave out."""
+        known = [item for item in self._outbox.sequences() if (item.epoch, item.lane) == (ack.epoch, lane)]
+        before = ack.seq
+        for first, last in ack.ranges[: MAX_ACK_RANGES + 1]:
+            if not before < first <= last:
+                raise TrustError("ranges that are not ascending")
+            before = last
+        if not known or before >= known[0].next_seq or len(ack.ranges) > MAX_ACK_RANGES:
+            raise TrustError(f"ack of epoch {ack.epoch[:32]} up to {before} fits no row of this outbox")
+
+    def _arrived(self, key: Key, ack: Ack) -> None:
+        now = self._clock.monotonic()
+        with self._lock:
+            for flight in self._schedule.acknowledged(key, ack.seq, ack.ranges):
+                seconds = now - flight.sent if flight.tries == 0 else None
+                self.pace = acknowledged(self.pace, seconds, flight.size, flight.under_way)
+                self._resume = _Resume(self._resume.at, -1)
+        self._wake.set()
 
     def _work(self) -> None:
         while not self._stop:
             busy = False
-            if self._connected():
-                for lane in LANES:
-                    busy |= self._send(lane)
+            try:
+                self._tend()
+                if self._connected() and self._clock.monotonic() >= self._resume.at:
+                    busy = self._send()
+            except (OSError, sqlite3.Error) as error:
+                log.warning("the outbox cannot be used now: %s", error)
             if not busy:
-                self._wake.wait(0.25)
+                self._wake.wait(_POLL_S)
                 self._wake.clear()
 
-    def _send(self, lane: Lane) -> bool:
+    def _tend(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._tended >= TEND_S:
+            self._tended = now
+            self._outbox.tend()
+
+    def _send(self) -> bool:
+        """One batch, if one is due; False when there is nothing to do now."""
+        sequences = self._outbox.sequences()
+        now = self._clock.monotonic()
         with self._lock:
-            numbers = self._state.lane(lane)
-            before = self._sending[lane]
-            after, span = plan(before, numbers.next_seq, numbers.acked, self._clock.monotonic())
-            self._sending[lane] = after
-        if span is None:
-            return False
-        first, count = span
-        rows = self._state.read_rows(lane, first, first + count - 1)
-        if len(rows) < count:
-            return False
-        topic = topics.up(self._name, lane)
-        batch = Batch(self._state.epoch, first, count, numbers.floor, join_rows(rows))
-        if not self._publish(topic, seal(batch, topic, self._signer())):
+            schedule = self._schedule
+            want = schedule.next(sequences, now, int(self.pace.window))
+            if want is None:
+                return False
+            late = want.flight is not None and want.flight.deadline > want.flight.sent
+            if late and now - self._slowed >= self.pace.timeout:  # once for all that one silence cost
+                self._slowed = now
+                self.pace = timed_out(self.pace)
+            pace = self.pace
+        epoch, lane = want.key
+        part = self._outbox.read(epoch, lane, want.first, rows=MAX_ROWS, size=pace.size, below=want.below)
+        if part is None:
             with self._lock:
-                self._sending[lane] = before
+                schedule.nothing(want)
+            return True
+        topic = topics.up(self._name, lane)
+        rows = join_rows(part.rows, level=pace.level) if part.rows else b""
+        sealed = seal(
+            Batch(epoch, part.first, part.count, part.floor, rows, lost=part.lost), topic, self._signer()
+        )
+        tries = want.flight.tries + 1 if want.flight else 0
+        wait = pace.timeout + backoff(pace.timeout, tries, MAX_TIMEOUT, self._chance())
+        with self._lock:  # before it goes: the ack may be quicker than this thread
+            flight = schedule.sent(want, (part.first, part.first + part.count - 1), len(sealed), now, wait)
+        if not self._publish(topic, sealed):
+            with self._lock:
+                schedule.refused(flight, now)
             return False
         self.counts["batches"] += 1
         return True

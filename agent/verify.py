@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from tuf.ngclient.fetcher import FetcherInterface
 from agent import delta
 from agent.fetch import BlobStore
 from agent.imports import Imports
+from agent.peers.obtain import Peers
 from agent.release_metadata import MetadataRefused, refresh
 from agent.trusted_clock import TrustedClock
 from edgeward.client.transport import Transport
 from edgeward.errors import EdgewardError, NotFound, PackageError, TrustError, Unavailable
 from edgeward.formats import SNIFF_BYTES, check_model_head
+from edgeward.storage import make_folder
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.package import GoldenVectors, Manifest, Variant, decode_manifest, target_path
+from edgeward.wire.package import Blob, GoldenVectors, Manifest, Variant, decode_manifest, target_path
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ class Verifier:
     """Asks the release metadata for a version, and fetches what it signs.
 
     Where the controller does not answer, `imports` may hold metadata and blobs that were brought by hand;
-    they are verified in the same way.
+    they are verified in the same way. `peers` may have blobs, and are believed nothing.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Verifier:
         transport: Transport,
         clock: TrustedClock,
         imports: Imports | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._metadata = folder
         self._root = root
@@ -130,7 +133,8 @@ class Verifier:
         self._transport = transport
         self._clock = clock
         self._imports = imports
-        folder.mkdir(parents=True, exist_ok=True)
+        self._peers = peers
+        make_folder(folder)
 
     def target_length(self, ref: ModelRef) -> int:
         """The manifest's size as signed by the releaser, when the signed digest is the one wished for.
@@ -159,7 +163,7 @@ class Verifier:
         """The signed manifest, downloaded if it is not here yet."""
         length = self.target_length(ref)
         self._take(ref.digest, length)
-        self._blobs.fetch(self._transport, ref.digest, length, self._clock)
+        self._obtain(Blob(ref.digest, length))
         return read_manifest(ref, self._blobs.read(ref.digest, length))
 
     def fetch_blobs(self, manifest: Manifest, variant: Variant, earlier: Iterable[ModelRef] = ()) -> None:
@@ -167,9 +171,20 @@ class Verifier:
         for blob in (variant.blob, manifest.golden.blob):
             self._take(blob.digest, blob.size)
         bases = delta.bases(variant, self._held(earlier))
-        delta.fetch(self._blobs, self._transport, variant.blob, bases, self._clock)
-        for blob in (variant.blob, manifest.golden.blob):
+        self._obtain(variant.blob, bases)
+        self._obtain(manifest.golden.blob)
+
+    def _obtain(self, blob: Blob, bases: Sequence[Blob] = ()) -> None:
+        """From a peer that has it or fetches it already, else from the controller, as a delta if possible."""
+
+        def download() -> None:
+            delta.fetch(self._blobs, self._transport, blob, bases, self._clock)
             self._blobs.fetch(self._transport, blob.digest, blob.size, self._clock)
+
+        if self._peers is None:
+            download()
+        else:
+            self._peers.obtain(blob.digest, blob.size, download)
 
     def collect(self, kept: Mapping[ModelRef, Collection[str] | None]) -> int:
         """Remove every blob but these models' manifests, golden vectors and those variants' blobs that are

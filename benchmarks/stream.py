@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 import psutil
 
+from agent.outbox.outbox import Outbox
 from agent.runtime.engine import Engine
 from agent.slots.active import ActiveModel
-from agent.state import State
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner
 from agent.streams.sketches import LiveBaseline
@@ -126,7 +126,7 @@ def throughput(
     """Rows per second of CPU time and of wall-clock time, everything durable."""
     engine = Engine()
     engine.start()
-    state = State(folder / "state.db")
+    state = Outbox(folder / "outbox.db", SystemClock())
     wire = _Wire()
     model = _model(engine, 0.5)
     spec = _spec(features, publish, count=ROWS, sequence=True)
@@ -180,7 +180,7 @@ def latencies(folder: Path, features: list[str], count: int, pause: float) -> li
     """
     engine = Engine()
     engine.start()
-    state = State(folder / "state.db")
+    state = Outbox(folder / "outbox.db", SystemClock())
     model = _model(engine, -1e9)  # every sample is an alarm
     with (
         EmbeddedBroker(folder / "broker") as broker,

@@ -14,6 +14,7 @@ from controller.store.tables import ResourceRow
 from edgeward.errors import Conflict, InvalidDocument
 from edgeward.wire.resources import (
     APPLICABLE,
+    FleetSpec,
     Resource,
     RolloutSpec,
     RolloutStatus,
@@ -125,6 +126,15 @@ def _check_references(session: Session, kind: str, spec: dict[str, Any], source:
         case "Fleet":
             references = [
                 ("Stream", stream, f"spec.streams[{index}]") for index, stream in enumerate(spec["streams"])
+            ]
+            fleet = msgspec.convert(spec, FleetSpec)
+            references += [
+                (
+                    "ModelVersion",
+                    model_version_name(shadow.model, shadow.version),
+                    f"spec.shadows.{slot}.version",
+                )
+                for slot, shadow in fleet.shadows.items()
             ]
         case "Rollout":
             rollout = msgspec.convert(spec, RolloutSpec)

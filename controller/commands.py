@@ -49,6 +49,22 @@ def up(
     downloads: Annotated[
         int, typer.Option(min=1, max=1024, help="Artifacts downloaded at once; others are told to wait.")
     ] = Limits.downloads,
+    artifacts: Annotated[
+        str,
+        typer.Option(
+            envvar="EDGEWARD_ARTIFACTS",
+            help="s3://BUCKET[/PREFIX]: keep artifacts there, and send devices to it; by default in the data"
+            " folder. Endpoint, region and keys: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID,"
+            " AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN.",
+        ),
+    ] = "",
+    artifacts_credentials: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="AWS_SHARED_CREDENTIALS_FILE",
+            help="A file like ~/.aws/credentials with the keys, mode 0600; AWS_PROFILE chooses the section.",
+        ),
+    ] = None,
     renewal_grace: Annotated[
         float,
         typer.Option(
@@ -80,4 +96,6 @@ def up(
         database=database or "",
         downloads=Limits(downloads),
         renewal_grace=renewal_grace * 86400.0,
+        artifacts=artifacts,
+        credentials=artifacts_credentials,
     )

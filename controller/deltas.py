@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from controller.registry import Artifacts
+from controller.artifacts import Artifacts, read
 from edgeward.delta import Delta, make
 from edgeward.delta.frame import HEAD_BYTES, decode
 from edgeward.errors import EdgewardError, NotFound
@@ -85,7 +85,7 @@ class Deltas:
 
         Raises NotFound when there is no such artifact, or no worthwhile delta from any of these bases.
         """
-        self._artifacts.path(digest)
+        self._artifacts.size(digest)
         pairs = [(digest, base) for base in dict.fromkeys(bases) if self._usable(digest, base)]
         with self._lock:
             missing = [pair for pair in pairs if pair not in self._kept]
@@ -119,10 +119,12 @@ class Deltas:
     # what is asked for
 
     def _usable(self, digest: str, base: str) -> bool:
-        if base == digest or not self._artifacts.has(base):
+        if base == digest:
             return False
-        sizes = (self._artifacts.path(each).stat().st_size for each in (digest, base))
-        return max(sizes) <= self._artifact_bytes
+        try:
+            return max(self._artifacts.size(each) for each in (digest, base)) <= self._artifact_bytes
+        except NotFound:
+            return False
 
     def _demand(self, pair: Pair) -> None:
         """With the lock held."""
@@ -161,8 +163,8 @@ class Deltas:
                 self.revision += 1
 
     def _made(self, digest: str, base: str) -> Kept:
-        old = self._artifacts.path(base).read_bytes()
-        new = self._artifacts.path(digest).read_bytes()
+        old = read(self._artifacts, base)
+        new = read(self._artifacts, digest)
         delta = self._make(old, new, going_on=self._going_on)
         content = b"" if delta is None or len(delta.content) > self._cache_bytes else delta.content
         sha256 = sha256_hex(content) if content else "none"

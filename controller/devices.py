@@ -9,10 +9,12 @@ import msgspec
 
 from edgeward.storage import sha256_hex
 from edgeward.wire.desired import DesiredState, ModelRef, SlotTarget, StreamTarget
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.reports import Phase, SlotReport
 from edgeward.wire.resources import FleetSpec, RolloutSpec, SiteSpec
 from edgeward.wire.schedule import ActivationTerms, Delivery
 from edgeward.wire.slots import SlotPolicy
+from edgeward.wire.topics import Lane
 
 DESIRED_LIFETIME = 7 * 86400.0
 REISSUE_BEFORE = 2 * 86400.0
@@ -28,7 +30,8 @@ def matches(labels: dict[str, str], match_labels: dict[str, str]) -> bool:
 
 def content_digest(desired: DesiredState) -> str:
     """Identifies what a desired state says, apart from its generation and times."""
-    return sha256_hex(_canonical.encode([desired.slots, desired.streams, desired.delivery]))
+    said = [desired.slots, desired.streams, desired.delivery, desired.policies]
+    return sha256_hex(_canonical.encode(said))
 
 
 def compose(
@@ -41,9 +44,15 @@ def compose(
     policies: Mapping[str, SlotPolicy] | None = None,
     terms: Mapping[str, ActivationTerms] | None = None,
     delivery: Delivery | None = None,
+    shadows: Mapping[str, ModelRef] | None = None,
+    outbox: Mapping[Lane, LanePolicy] | None = None,
 ) -> DesiredState:
-    """`models`, `policies` and `terms` by slot; a slot without a policy runs by the default one."""
-    default, policies, terms = SlotPolicy(), policies or {}, terms or {}
+    """`models`, `policies`, `terms` and `shadows` by slot; a slot without a policy runs by the default one,
+    an `outbox` lane too.
+
+    A shadow that is the slot's own model has nothing to show.
+    """
+    default, policies, terms, shadows = SlotPolicy(), policies or {}, terms or {}, shadows or {}
     return DesiredState(
         site=site,
         device=device,
@@ -52,12 +61,16 @@ def compose(
         expires_at=now + DESIRED_LIFETIME,
         slots={
             slot: SlotTarget(
-                active=model, policy=policies.get(slot, default), terms=terms.get(slot, ActivationTerms())
+                active=model,
+                shadow=beside if (beside := shadows.get(slot)) != model else None,
+                policy=policies.get(slot, default),
+                terms=terms.get(slot, ActivationTerms()),
             )
             for slot, model in sorted(models.items())
         },
         streams=sorted(streams, key=lambda stream: stream.name),
         delivery=delivery or Delivery(),
+        policies={"outbox": msgspec.to_builtins(outbox)} if outbox else {},
     )
 
 

@@ -29,10 +29,15 @@ class Limits:
 
     A download whose reader takes less than `minimum_rate` bytes/s over `window` seconds, or that lasts
     longer than `deadline` seconds, is cut off: it can go on later from where it was (Range).
+    One that runs elsewhere counts for as long as it takes at `reserved_rate` bytes/s, within the two bounds
+    in seconds.
     """
 
     downloads: int = 32
     per_holder: int = 2
+    reserved_rate: float = 4e6
+    reserved_least: float = 1.0
+    reserved_most: float = 60.0
     minimum_rate: float = 512.0
     window: float = 30.0
     deadline: float = 3600.0
@@ -68,6 +73,11 @@ class Pace:
         return ""
 
 
+def reserved_seconds(limits: Limits, size: int) -> float:
+    """How long a download of `size` bytes that runs elsewhere counts as running."""
+    return min(max(size / limits.reserved_rate, limits.reserved_least), limits.reserved_most)
+
+
 def retry_after(mean: float, ahead: int, slots: int, draw: float) -> float:
     """Whole seconds until it is the turn of one who has `ahead` others before them at `slots` slots.
 
@@ -86,6 +96,8 @@ class Downloads:
         self._clock = clock
         self._draw = draw
         self._open: Counter[str] = Counter()
+        #: Holder and end of the downloads that run elsewhere, in the order in which they began.
+        self._reserved: list[tuple[str, float]] = []
         self._mean = 1.0
         #: When those that were sent away will come again (a heap).
         self._coming: list[float] = []
@@ -107,8 +119,33 @@ class Downloads:
             self._open -= Counter({holder: 1})  # drops a count of 0, too
             self._mean += _WEIGHT * (self._clock.monotonic() - began - self._mean)
 
+    def reserve(self, holder: str, size: int) -> None:
+        """A slot for a download elsewhere, whose end nobody tells: it ends by itself after `reserved_seconds`.
+
+        Where the holder has as many as it may have, or there is no slot left, its oldest one ends instead: who
+        asks again has finished or lost it. Raises Busy when the slots are taken by others.
+        """
+        self._admit(holder)
+        seconds = reserved_seconds(self.limits, size)
+        self._open[holder] += 1
+        self._reserved.append((holder, self._clock.monotonic() + seconds))
+        self._mean += _WEIGHT * (seconds - self._mean)
+
+    def _release(self, at: int) -> None:
+        self._open -= Counter({self._reserved.pop(at)[0]: 1})
+
+    def _end_reserved(self, now: float, holder: str) -> None:
+        for at in reversed(range(len(self._reserved))):
+            if self._reserved[at][1] <= now:
+                self._release(at)
+        if self._open[holder] >= self.limits.per_holder or self.open >= self.limits.downloads:
+            mine = next((at for at, (who, _) in enumerate(self._reserved) if who == holder), None)
+            if mine is not None:
+                self._release(mine)
+
     def _admit(self, holder: str) -> None:
         limits, now = self.limits, self._clock.monotonic()
+        self._end_reserved(now, holder)
         if self._open[holder] >= limits.per_holder:
             raise Busy(
                 f"{holder} has {limits.per_holder} downloads running already",

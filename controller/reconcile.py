@@ -26,10 +26,12 @@ from edgeward.trust.keys import PrivateKey
 from edgeward.wire import topics
 from edgeward.wire.desired import PAYLOAD_TYPE, ModelRef, StreamTarget
 from edgeward.wire.desired import encode as encode_desired
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.resources import FleetSpec, RolloutSpec, RolloutStatus, SiteSpec, model_version_name
 from edgeward.wire.schedule import ActivationTerms
 from edgeward.wire.slots import SlotPolicy
 from edgeward.wire.streams import StreamSpec
+from edgeward.wire.topics import Lane
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +163,21 @@ class _Work:
         }
         self._rollout_specs = {row.name: msgspec.convert(row.spec, RolloutSpec) for row in self._rollouts}
         self._policies = {name: spec.slots for name, spec in specs.items()}
+        self._shadows = {name: self._beside(spec) for name, spec in specs.items()}
+        self._outboxes = {name: spec.outbox for name, spec in specs.items()}
         self._members = {name: self._match(spec) for name, spec in specs.items()}
         self.renewed: set[str] = set()
         self.changed = False
         self.busy = False
+
+    def _beside(self, fleet: FleetSpec) -> dict[str, ModelRef]:
+        """What runs without acting, by slot."""
+        found = {}
+        for slot, shadow in fleet.shadows.items():
+            row = self._versions.get(model_version_name(shadow.model, shadow.version))
+            if row is not None:
+                found[slot] = ModelRef(shadow.model, shadow.version, row.spec["digest"])
+        return found
 
     def _match(self, fleet: FleetSpec) -> list[str]:
         """Devices of a fleet that may get something: revoked ones get nothing any more."""
@@ -186,12 +199,16 @@ class _Work:
                 self._roll(row, newer, adopts=bool(complete) and complete[-1] == row.name)
         self._models: dict[str, dict[str, ModelRef]] = {}
         self._slot_policies: dict[str, dict[str, SlotPolicy]] = {}
+        self._slot_shadows: dict[str, dict[str, ModelRef]] = {}
         for (device, slot), assigned in self._assignments.items():
             self._models.setdefault(device, {})[slot] = _model(assigned.active)
             # Devices may be in several fleets: the one whose rollout brought the model also says how it runs.
             policy = self._policies.get(assigned.fleet, {}).get(slot)
             if policy is not None:
                 self._slot_policies.setdefault(device, {})[slot] = policy
+            beside = self._shadows.get(assigned.fleet, {}).get(slot)
+            if beside is not None:
+                self._slot_shadows.setdefault(device, {})[slot] = beside
         self._summarise_streams()
         for row in self.devices.values():
             self._desire(row)
@@ -279,10 +296,24 @@ class _Work:
         models = self._models.get(name, {})
         streams = self._streams_of(name)
         policies = self._slot_policies.get(name, {})
+        outbox: dict[Lane, LanePolicy] = {}
+        for fleet, members in sorted(self._members.items()):
+            if name in members:  # of several fleets that name a lane, the last by name
+                outbox |= self._outboxes[fleet]
         site = self._sites.get(row.spec["site"], SiteSpec())
         terms = {slot: self._terms(site, name, slot, model) for slot, model in models.items()}
         draft = device_rules.compose(
-            row.spec["site"], name, 0, self._now, models, streams, policies, terms, site.delivery
+            row.spec["site"],
+            name,
+            0,
+            self._now,
+            models,
+            streams,
+            policies,
+            terms,
+            site.delivery,
+            self._slot_shadows.get(name, {}),
+            outbox,
         )
         content = device_rules.content_digest(draft)
         held = self.desired.get(name)

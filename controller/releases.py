@@ -26,7 +26,7 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization import DeserializationError
 
-from controller.registry import Artifacts
+from controller.artifacts import Artifacts, need, read
 from edgeward.clock import Clock
 from edgeward.errors import Conflict, InvalidDocument, NotFound, PackageError, TrustError
 from edgeward.formats import check_model_file
@@ -82,7 +82,7 @@ class Releases:
     def manifest(self, target: TargetFile) -> tuple[str, bytes]:
         """The digest and bytes of a target. Raises NotFound."""
         digest = target.hashes["sha256"]
-        return digest, self._artifacts.path(digest).read_bytes()
+        return digest, read(self._artifacts, digest)
 
     def _timestamp(self) -> Timestamp:
         if not (self._folder / "timestamp.json").exists():
@@ -183,18 +183,19 @@ class Releases:
 
     def _check_blobs(self, manifest: Manifest) -> None:
         for variant in manifest.variants:
-            path = self._artifacts.need(variant.blob.digest, variant.blob.size, f"variant {variant.name}:")
-            try:
-                check_model_file(path, variant.runtime)
-            except PackageError as error:
-                message = error.message.replace(str(path), f"variant {variant.name}")
-                raise PackageError(message, hint="only ONNX and TFLite models are accepted") from None
+            need(self._artifacts, variant.blob.digest, variant.blob.size, f"variant {variant.name}:")
+            with self._artifacts.local(variant.blob.digest) as path:
+                try:
+                    check_model_file(path, variant.runtime)
+                except PackageError as error:
+                    message = error.message.replace(str(path), f"variant {variant.name}")
+                    raise PackageError(message, hint="only ONNX and TFLite models are accepted") from None
         golden = manifest.golden.blob
-        path = self._artifacts.need(golden.digest, golden.size, "golden vectors")
+        need(self._artifacts, golden.digest, golden.size, "golden vectors")
         if golden.size > MAX_GOLDEN_BYTES:
             raise PackageError(f"golden vectors of {golden.size} bytes, at most {MAX_GOLDEN_BYTES}")
         try:
-            msgspec.msgpack.decode(path.read_bytes(), type=GoldenVectors)
+            msgspec.msgpack.decode(read(self._artifacts, golden.digest), type=GoldenVectors)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PackageError(f"the golden vectors cannot be read: {error}") from None
 

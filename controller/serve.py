@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -16,8 +17,11 @@ from controller.api.app import build
 from controller.downloads import Limits
 from controller.service import Controller, Settings
 from edgeward.broker import EmbeddedBroker, accepts
-from edgeward.errors import EdgewardError, UsageError
+from edgeward.errors import EdgewardError, MissingDependency, UsageError
 from edgeward.mqtt import Broker
+
+if TYPE_CHECKING:
+    from controller.artifacts.s3_settings import S3Settings
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +76,13 @@ def serve(
     database: str,
     downloads: Limits,
     renewal_grace: float,
+    artifacts: str,
+    credentials: Path | None,
 ) -> None:
     """Run until SIGTERM or SIGINT. Raises EdgewardError when something is missing or a port is taken."""
     if broker is not None:
         Broker(broker).endpoint()
+    s3 = _s3(artifacts, credentials) if artifacts else None
     with ExitStack() as stack:
         sock = stack.enter_context(listen(host, port))
         url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
@@ -91,6 +98,7 @@ def serve(
             broker_on_this_host=embedded is not None and host in ("0.0.0.0", "::"),
             downloads=downloads,
             renewal_grace=renewal_grace,
+            s3=s3,
         )
         controller = Controller(settings)
         stack.callback(controller.stop)
@@ -114,6 +122,20 @@ def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         Server(config, controller, url).run(sockets=[sock])
+
+
+def _s3(address: str, credentials: Path | None) -> S3Settings:
+    """Raises MissingDependency, and what `settings_from` raises."""
+    try:
+        from controller.artifacts.s3_settings import settings_from
+    except ImportError as error:
+        raise MissingDependency(
+            f"artifacts in S3 need {error.name}", hint="pip install 'edgeward[controller,s3]'"
+        ) from None
+    found = settings_from(address, os.environ, credentials)
+    if found.endpoint.startswith("http://"):
+        log.warning("%s: devices that reach the controller over https do not follow it to http", found.shown)
+    return found
 
 
 def _local_url(embedded: EmbeddedBroker | None) -> str:

@@ -8,25 +8,25 @@ import secrets
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 from sqlmodel import Session
 
 from controller import residency
+from controller.artifacts import Artifacts, FolderArtifacts
 from controller.changes import Changes
 from controller.deltas import Deltas
 from controller.downloads import Limits
 from controller.identity import RENEWAL_GRACE, Authority
 from controller.ingest import Ingest
 from controller.reconcile import Reconciler
-from controller.registry import Artifacts
 from controller.releases import Releases
 from controller.store import records, resources
 from controller.store.database import Store
 from controller.store.tables import ApiTokenRow, ReleaseRow
 from edgeward.clock import Clock, SystemClock
-from edgeward.errors import Conflict, EdgewardError, TrustError
+from edgeward.errors import Conflict, EdgewardError, NotFound, TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link, Message
 from edgeward.storage import sha256_hex, write_atomic
@@ -44,6 +44,9 @@ from edgeward.wire.signed_time import PAYLOAD_TYPE as TIME_TYPE
 from edgeward.wire.signed_time import SignedTime, check_nonce
 from edgeward.wire.signed_time import encode as encode_time
 
+if TYPE_CHECKING:
+    from controller.artifacts.s3_settings import S3Settings
+
 log = logging.getLogger(__name__)
 
 API_TOKEN_PREFIX = "edgeward-api-"  # noqa: S105  (a prefix, so that a leaked token can be recognised)
@@ -56,6 +59,7 @@ class Settings:
     With `broker_on_this_host` they are told the host name by which they reached the controller.
     `downloads` limits who fetches artifacts.
     `renewal_grace`: see `controller.identity.Authority`, in seconds.
+    `s3` is the bucket for artifacts; without one they lie in the data folder.
     """
 
     data: Path
@@ -64,6 +68,7 @@ class Settings:
     broker_on_this_host: bool = False
     downloads: Limits = field(default_factory=Limits)
     renewal_grace: float = RENEWAL_GRACE
+    s3: S3Settings | None = None
 
 
 class Controller:
@@ -78,7 +83,7 @@ class Controller:
         self.stopping = threading.Event()
         self.changes = Changes(int(self.clock.now() * 1000))
         self.store = Store(settings.database or f"sqlite:///{data / 'controller.db'}")
-        self.artifacts = Artifacts(data / "artifacts")
+        self.artifacts = _artifacts(settings, self.clock)
         self.deltas = Deltas(data / "deltas", self.artifacts)
         self.releases = Releases(data / "tuf", data / "keys", self.artifacts, self.clock)
         self._desired_key = load_or_create(data / "keys" / "desired.pem")
@@ -198,13 +203,36 @@ class Controller:
         return parsed, digest
 
     def _adopt_releases(self) -> None:
-        """Make resources for signed targets that lack them: a crash came between metadata and database."""
+        """Make resources for signed targets that lack them: a crash came between metadata and database.
+
+        Raises NotFound when their manifests are gone.
+        """
         if not self.releases.root_text():
             return
         for path, target in self.releases.targets().targets.items():
-            digest, data = self.releases.manifest(target)
+            try:
+                digest, data = self.releases.manifest(target)
+            except NotFound:
+                raise NotFound(
+                    f"the manifest of {path} is not among the artifacts",
+                    hint="copy what the earlier artifact store had to this one: docs/delivery.md, Moving",
+                ) from None
             with self.store.writing() as session:
                 _make_resources(session, decode_manifest(data, source=path), digest, self.clock.now())
+
+
+def _artifacts(settings: Settings, clock: Clock) -> Artifacts:
+    """Raises Unavailable or EdgewardError when the bucket is not fit for it."""
+    if settings.s3 is None:
+        return FolderArtifacts(settings.data / "artifacts")
+    # obstore is in an extra of its own.
+    from controller.artifacts.probe import probe
+    from controller.artifacts.s3 import S3Artifacts
+
+    made = S3Artifacts(settings.s3, settings.data / "artifacts-s3", clock)
+    probe(made)
+    made.remove_left()
+    return made
 
 
 def new_api_token() -> str:

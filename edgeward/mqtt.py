@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import socket
 import ssl
 import urllib.parse
@@ -124,7 +125,8 @@ class Link:
             protocol=MQTTProtocolVersion.MQTTv5,
             manual_ack=manual_ack,
         )
-        self._client.reconnect_delay_set(min_delay=1, max_delay=max(1, int(max_reconnect_delay)))
+        self._max_reconnect_delay = max(1.0, max_reconnect_delay)
+        self._spread_reconnects()
         self._client.max_queued_messages_set(10_000)
         self._connect_properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         self._connect_properties.ReceiveMaximum = receive_maximum
@@ -139,6 +141,14 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._client.is_connected()
+
+    def _spread_reconnects(self) -> None:
+        """A fleet that lost its broker at one instant must not come back at one instant.
+
+        Paho doubles its delay from the lowest to the highest: both are this client's own.
+        """
+        lowest, highest = random.uniform(0.25, 1.75), self._max_reconnect_delay * random.uniform(0.5, 1.0)  # noqa: S311
+        self._client.reconnect_delay_set(min_delay=lowest, max_delay=max(lowest, highest))  # type: ignore[arg-type]  # paho adds it to a time, a float
 
     def start(self) -> None:
         """Begin to connect; returns at once. Raises InvalidDocument for an impossible address."""
@@ -206,6 +216,7 @@ class Link:
         properties: Properties | None,
     ) -> None:
         log.info("disconnected from broker %s: %s", self._broker.url, reason)
+        self._spread_reconnects()
         if self._on_disconnect is not None:
             self._guarded(self._on_disconnect)
 

@@ -17,6 +17,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path, *, mode: int = 0o777) -> None:
+    """Make `folder`, and those above it, if they are missing: durable, and so is what is fsynced in it."""
+    if not folder.parent.is_dir():
+        make_folder(folder.parent, mode=mode)
+    folder.mkdir(mode=mode, exist_ok=True)
+    # Also where it exists: whoever made it may have been killed before its entry was on the disk.
+    fsync_folder(folder.parent)
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `data`: write a temporary file, fsync, rename, fsync the folder."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

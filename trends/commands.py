@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-import os
 import signal
-import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from edgeward.cli.context import naming, read_secret
-from edgeward.errors import MissingDependency, UsageError
+from trends.access_commands import api, models, readers
 from trends.forward_commands import forward_status, residency_log
+from trends.query_commands import Folder, open_store, query
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from trends.sender import Forward
     from trends.store import Store
 
 out = Console(highlight=False)
-
-Folder = Annotated[Path, typer.Option("--dir", help="The trend store's folder.")]
-ROWS_SHOWN = 200
 
 
 def register(app: typer.Typer) -> None:
@@ -37,25 +29,13 @@ def register(app: typer.Typer) -> None:
     trends.command()(enroll)
     trends.command()(serve)
     trends.command()(query)
+    trends.command()(models)
+    trends.command()(api)
+    trends.add_typer(readers, name="readers")
     trends.command()(verify)
     trends.command()(forward_status)
     trends.command()(residency_log)
     app.add_typer(trends, name="trends")
-
-
-#: Where a journal that several ingesters share is; an address on the command line would be seen by all.
-JOURNAL = "EDGEWARD_TRENDS_JOURNAL"
-
-
-def open_store(folder: Path) -> Store:
-    """Raises MissingDependency without the extra, NotFound when there is no store."""
-    try:
-        from trends.store import Store
-    except ImportError as error:
-        raise MissingDependency(
-            f"{error.name} is not installed", hint="pip install 'edgeward[trends]'"
-        ) from None
-    return Store(folder, journal=os.environ.get(JOURNAL, ""))
 
 
 def enroll(
@@ -146,96 +126,6 @@ def _forward(url: str | None, ca_file: Path | None) -> Forward | None:
     broker = Broker(url, ca_file=ca_file)
     broker.endpoint()
     return Forward(broker)
-
-
-def query(
-    folder: Folder,
-    sql: Annotated[
-        str | None, typer.Option(help="One SQL statement over results, alarms, trends, samples, gaps.")
-    ] = None,
-    series: Annotated[
-        str | None, typer.Option(help="`output:NAME` or `feature:NAME`: its trend, merged.")
-    ] = None,
-    rollup: Annotated[str, typer.Option(help="Width of a time bucket: 10m, 1h, 1d.")] = "1h",
-    group_by: Annotated[
-        str, typer.Option(help="Comma-separated: site, device, stream, digest, variant, ...")
-    ] = "",
-    since: Annotated[
-        str | None, typer.Option(help="First time, e.g. 2026-03-01 or 2026-03-01T06:00Z.")
-    ] = None,
-    until: Annotated[str | None, typer.Option(help="First time no longer included.")] = None,
-    digest: Annotated[
-        str | None, typer.Option(help="Only what this model digest (or its beginning) decided.")
-    ] = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="table, json or csv.")] = "table",
-    out_file: Annotated[
-        Path | None, typer.Option("--out", help="Write to a .csv, .json or .parquet file.")
-    ] = None,
-) -> None:
-    """Ask the trend store.
-
-    Examples: `edgeward trends query --dir store --series output:score --rollup 10m --group-by device`
-    and `edgeward trends query --dir store --sql "select count(*) from results where alarm"`
-    """
-    if (sql is None) == (series is None):
-        raise UsageError("expected either --sql or --series", hint="see `edgeward trends query --help`")
-    if output not in ("table", "json", "csv"):
-        raise UsageError(f"unknown output {output!r}", hint="one of table, json, csv")
-    store = open_store(folder)
-    try:
-        if sql is not None:
-            answer = store.queries.sql(sql)
-        else:
-            groups = [name for name in group_by.split(",") if name]
-            answer = store.queries.rollup(
-                series=series or "", width=rollup, group_by=groups, since=since, until=until, digest=digest
-            )
-    finally:
-        store.close()
-    if out_file is not None:
-        _write(answer, out_file)
-        out.print(f"{answer.num_rows} rows written to {out_file}")
-    else:
-        _print(answer, output)
-
-
-def _write(answer: pa.Table, path: Path) -> None:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(answer, path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(answer.to_pylist(), default=str))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            _csv(answer, file)
-    else:
-        raise UsageError(f"cannot tell the format of {path}", hint="use .csv, .json or .parquet")
-
-
-def _csv(answer: pa.Table, file: Any) -> None:
-    writer = csv.writer(file)
-    writer.writerow(answer.column_names)
-    for row in answer.to_pylist():
-        writer.writerow(row.values())
-
-
-def _print(answer: pa.Table, output: str) -> None:
-    if output == "json":
-        print(json.dumps(answer.to_pylist(), default=str, indent=1))
-    elif output == "csv":
-        _csv(answer, sys.stdout)
-    else:
-        view = Table(box=None, pad_edge=False, header_style="bold")
-        for name in answer.column_names:
-            view.add_column(name)
-        for row in answer.slice(0, ROWS_SHOWN).to_pylist():
-            view.add_row(
-                *(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
-            )
-        out.print(view)
-        if answer.num_rows > ROWS_SHOWN:
-            out.print(f"... {answer.num_rows - ROWS_SHOWN} more rows: use -o csv or --out FILE")
 
 
 def verify(

@@ -37,9 +37,9 @@ def forward_status(folder: Folder, as_json: Json = False) -> None:
     Example: `edgeward trends forward-status --dir store`
     """
     from edgeward.clock import SystemClock
-    from trends.commands import open_store
     from trends.forward_status import forward_status as ask
     from trends.identity import Identity
+    from trends.query_commands import open_store
 
     store, clock = open_store(folder), SystemClock()
     try:
@@ -72,8 +72,8 @@ def residency_log(folder: Folder) -> None:
 
     Example: `edgeward trends residency-log --dir store`
     """
-    from trends.commands import open_store
     from trends.ledger import check_chain
+    from trends.query_commands import open_store
 
     store = open_store(folder)
     try:

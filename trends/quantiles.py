@@ -1,4 +1,4 @@
-"""Quantiles from the KLL sketches of trend rows, merged.
+"""The KLL sketches of trend rows, read safely.
 
 Sketches come from devices, and datasketches' own reader ends the process on bytes that were made to do
 so. The binary form (Apache DataSketches, KLL, 32-bit floats) is simple enough to read and check here:
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
 
 MAX_BYTES = 16 << 10
 _FAMILY = 15
@@ -46,29 +45,3 @@ def read_sketch(data: bytes) -> list[tuple[float, int]] | None:
         low, high = bounds[level] - bounds[0], bounds[level + 1] - bounds[0]
         weighted += [(item, 1 << level) for item in items[low:high]]
     return weighted if sum(weight for _, weight in weighted) == n else None
-
-
-def quantiles(parts: Iterable[tuple[int, bytes | None]], at: tuple[float, ...]) -> list[float] | None:
-    """The quantiles at `at` (0 to 1, ascending) over parts, each a count of values and their sketch.
-
-    None when a part has no sketch of as many values, since quantiles of the others would mislead.
-    """
-    pooled: list[tuple[float, int]] = []
-    total = 0
-    for count, data in parts:
-        weighted = read_sketch(data or b"")
-        if weighted is None or sum(weight for _, weight in weighted) != count:
-            return None
-        pooled += weighted
-        total += count
-    if not pooled:
-        return None
-    pooled.sort()
-    ranks = [max(1, math.ceil(rank * total)) for rank in at]
-    found: list[float] = []
-    passed = 0
-    for value, weight in pooled:
-        passed += weight
-        while len(found) < len(ranks) and passed >= ranks[len(found)]:
-            found.append(value)
-    return found

@@ -6,7 +6,7 @@ time). Rows that still wait in the journal are part of every answer.
 
 from __future__ import annotations
 
-import datetime
+from typing import cast
 
 import duckdb
 import pyarrow as pa
@@ -14,36 +14,14 @@ from deltalake import DeltaTable
 
 from edgeward.errors import UsageError
 from edgeward.wire.topics import LANES
+from edgeward.wire.trend_query import GROUPS, Group, TrendQuery
 from trends.columns import gaps_to_arrow, to_arrow
 from trends.journal import Journal
-from trends.quantiles import quantiles
+from trends.queries.engine import Engine
 from trends.schemas import SCHEMAS, TABLE_OF
 from trends.tables import Tables
 
-GROUPS = ("site", "device", "stream", "digest", "variant", "provider", "series")
-
 _POINTS = (0.5, 0.95, 0.99)
-_UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day"}
-
-
-def interval(text: str) -> str:
-    """`10m`, `1h`, `2d` as a DuckDB interval. Raises UsageError."""
-    number, unit = text[:-1], text[-1:]
-    if unit not in _UNITS or not number.isdigit() or int(number) == 0:
-        raise UsageError(
-            f"{text!r} is not a width of time", hint="expected a number and s, m, h or d, e.g. 10m"
-        )
-    return f"INTERVAL {int(number)} {_UNITS[unit]}"
-
-
-def _check_time(name: str, text: str) -> None:
-    # DuckDB would not look at it where there is no row to compare it with.
-    try:
-        datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(
-            f"{name}: {text!r} is not a time", hint="expected e.g. 2026-03-01 or 2026-03-01T06:00Z"
-        ) from None
 
 
 class Queries:
@@ -81,62 +59,25 @@ class Queries:
         until: str | None = None,
         digest: str | None = None,
     ) -> pa.Table:
-        """Merged statistics of `series` per `width` of event time.
+        """Merged statistics of `series` per `width` of event time, with p50, p95 and p99.
 
-        Means and variances of buckets are merged exactly (Chan, Golub, LeVeque 1979). `p50`, `p95` and
-        `p99` come from the buckets' sketches, their ranks right to about 1.3 %; they are null where a bucket
-        has none.
+        A short form of `Engine.ask`. Raises InvalidDocument.
         """
         for column in group_by:
             if column not in GROUPS:
                 raise UsageError(f"cannot group by {column!r}", hint=f"one of {', '.join(GROUPS)}")
-        if not series.startswith(("output:", "feature:")):
-            raise UsageError(f"{series!r} is not a series", hint="expected output:NAME or feature:NAME")
-        for name, text in (("since", since), ("until", until)):
-            if text:
-                _check_time(name, text)
-        keys = "".join(f"{column}, " for column in group_by)
-        conditions, parameters = ["series = ?"], [series]
-        filters = (
-            ("bucket >= ?::TIMESTAMPTZ", since),
-            ("bucket < ?::TIMESTAMPTZ", until),
-            ("starts_with(digest, ?)", digest),
-        )
-        for text, value in filters:
-            if value:
-                conditions.append(text)
-                parameters.append(value)
-        # Only names from GROUPS and a checked interval are put into the text; values are parameters.
-        query = f"""
-            WITH parts AS (
-                SELECT {keys} time_bucket({interval(width)}, bucket) AS start,
-                       "count" AS n, missing, mean, m2, minimum, maximum, sketch
-                FROM trends WHERE {" AND ".join(conditions)} AND "count" > 0),
-            means AS (
-                SELECT *, sum(n * mean) OVER (PARTITION BY {keys} start) / sum(n) OVER (PARTITION BY {keys} start) AS m
-                FROM parts)
-            SELECT {keys} start, sum(n)::BIGINT AS "count", sum(missing)::BIGINT AS missing, any_value(m) AS mean,
-                   sqrt(sum(m2 + n * (mean - m) * (mean - m)) / sum(n)) AS stddev,
-                   min(minimum) AS minimum, max(maximum) AS maximum, list(struct_pack(n := n, sketch := sketch)) AS parts
-            FROM means GROUP BY {keys} start ORDER BY start {"".join(", " + column for column in group_by)}
-        """  # noqa: S608  # see the comment above
-        merged = self.sql(query, list(parameters))
-        points = [
-            quantiles(((part["n"], part["sketch"]) for part in parts.as_py()), _POINTS)
-            for parts in merged["parts"]
-        ]
-        merged = merged.drop_columns(["parts"])
-        for index, point in enumerate(_POINTS):
-            values = pa.array([row and row[index] for row in points], pa.float64())
-            merged = merged.append_column(f"p{point * 100:.0f}", values)
-        return merged
+        query = TrendQuery(
+            series=[series], rollup=width, group_by=cast(list[Group], group_by), since=since or "", until=until or "",
+            filters={"digest": [digest]} if digest else {}, quantiles=list(_POINTS),
+        )  # fmt: skip
+        return Engine(self._tables, self._journal).ask(query)
 
     def _register(self, database: duckdb.DuckDBPyConnection) -> None:
         # The journal is read before the table: a row that moves in between is seen twice, never
         # missed, and the position stated by that very version of the table tells which to drop.
         for lane in LANES:
             table = TABLE_OF[lane]
-            waiting = self._journal.waiting(lane, 1_000_000)
+            waiting = self._journal.everything(lane)
             opened, done = self._tables.snapshot(table)
             fresh = to_arrow(lane, [item for item in waiting if item.id > done])
             self._view(database, table, fresh, opened)

@@ -16,6 +16,7 @@ from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.ledger import Ledger
+from trends.queries.engine import Engine
 from trends.query import Queries
 from trends.quota import Quota
 from trends.read_back import ReadBack
@@ -46,6 +47,7 @@ class Store:
         self.journal = Journal(Postgres(journal) if journal else folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
         self.queries = Queries(self.tables, self.journal)
+        self.engine = Engine(self.tables, self.journal)
 
     def close(self) -> None:
         self.journal.close()
@@ -111,7 +113,9 @@ class Store:
                 threading.Thread(
                     target=identity.keep_fresh, args=(stop, changed, also), name="renewal", daemon=True
                 ).start()
-                self._flush_until(stop, ingest, Upkeep(self.tables, retention or Retention()), clock)
+                self._flush_until(
+                    stop, ingest, Upkeep(self.tables, retention or Retention(), scratch=self.folder), clock
+                )
             finally:
                 if sender is not None:
                     sender.stop()

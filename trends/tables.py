@@ -19,6 +19,7 @@ from deltalake.exceptions import TableNotFoundError
 from edgeward.wire.topics import LANES, Lane
 from trends.columns import gaps_to_arrow, to_arrow
 from trends.journal import Journal
+from trends.layout import WRITER, sorted_trends
 from trends.local_files import LocalFolder
 from trends.schemas import PARTITIONS, TABLE_OF
 
@@ -56,7 +57,7 @@ class Tables:
 
     def repair(self) -> None:
         """To be called once before the first flush. Raises EdgewardError, with what a person must do."""
-        for table in PARTITIONS:
+        for table in (*PARTITIONS, "models"):
             self._place.repair(table, self._journal.flushed(table))
 
     def uri(self, table: str) -> str:
@@ -80,6 +81,8 @@ class Tables:
                 last = 0
                 while stored := self._journal.waiting(lane, limit, last):
                     rows, last = to_arrow(lane, stored), stored[-1].id
+                    if lane == "trend":
+                        rows = sorted_trends(rows)
                     if writing is not None:
                         writing.result()
                     writing = pool.submit(self._move_lane, lane, rows, last)
@@ -124,6 +127,7 @@ class Tables:
             schema_mode="merge",  # a table from an older store gets the columns that came since
             partition_by=PARTITIONS[table] or None,
             storage_options=self.options,
+            writer_properties=WRITER,
             commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
             post_commithook_properties=NO_HOOKS,
         )

@@ -11,12 +11,15 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from deltalake import CommitProperties, DeltaTable
 
 from edgeward.errors import UsageError
+from trends.layout import WRITER
 from trends.local_files import MARK
 from trends.schemas import PARTITIONS
+from trends.sorting import sort_apart
 from trends.tables import NO_HOOKS, Tables
 
 log = logging.getLogger(__name__)
@@ -87,15 +90,33 @@ def worth_compacting(files: Iterable[DataFile], limits: Limits) -> list[str]:
     return sorted(day for day, number in small.items() if number >= limits.files)
 
 
+def worth_sorting(files: Iterable[DataFile], today: str, limits: Limits) -> list[str]:
+    """The days that are over and of which more than one file is small, oldest first."""
+    small: dict[str, int] = defaultdict(int)
+    for file in files:
+        if file.day < today and file.size < limits.target_bytes // 2:
+            small[file.day] += 1
+    return sorted(day for day, number in small.items() if number > 1)
+
+
 class Upkeep:
     """From the thread that flushes: a table has one writer."""
 
-    def __init__(self, tables: Tables, retention: Retention, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        retention: Retention,
+        limits: Limits | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        """`scratch` takes what sorting cannot hold in memory; the system's temporary folder otherwise."""
         self._tables = tables
         self._retention = retention
         self._limits = limits or Limits()
         #: Versions of the last checkpoint made here.
         self._summed_up: dict[str, int] = {}
+        self._sorted_at: dict[str, float] = {}
+        self._scratch = scratch
 
     def run(self, now: float) -> None:
         """All that is due. `now` is seconds since 1970. Raises OSError, DeltaError."""
@@ -104,6 +125,8 @@ class Upkeep:
             if opened is None:
                 continue
             self._expire(table, opened, now)
+            if table == "trends" and self._tables.options is None:
+                self._sort(table, opened, now)
             self._compact(table, opened)
             self._sum_up(table)
 
@@ -116,6 +139,18 @@ class Upkeep:
         self._tables.settle(table)
         log.info("%s: days before %s are over their retention and removed", table, first)
 
+    def _sort(self, table: str, opened: DeltaTable, now: float) -> None:
+        """Days that are over, each once in a day at most: late rows come in small numbers."""
+        today = datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
+        for day in worth_sorting(data_files(opened), today, self._limits):
+            if now - self._sorted_at.get(day, -DAY) < DAY:
+                continue
+            sort_apart(self._tables.uri(table), day, self._scratch, self._limits.target_bytes, {MARK: "1"})
+            self._tables.settle(table)
+            self._sorted_at[day] = now
+            opened.update_incremental()
+            log.info("%s %s: is sorted", table, day)
+
     def _compact(self, table: str, opened: DeltaTable) -> None:
         days = worth_compacting(data_files(opened), self._limits)
         for day in days:
@@ -123,6 +158,7 @@ class Upkeep:
                 partition_filters=[("date", "=", day)] if day else None,
                 target_size=self._limits.target_bytes,
                 max_concurrent_tasks=1,
+                writer_properties=WRITER,
                 commit_properties=_OURS,
                 post_commithook_properties=NO_HOOKS,
             )

@@ -137,6 +137,7 @@ def main(socket_number: int, content_number: int) -> None:
     channel = Channel(socket.socket(fileno=socket_number))
     (first,) = channel.receive()
     wish = msgspec.msgpack.decode(first.payload, type=Load)
+    os.nice(wish.options.niceness)  # before the runtime starts its threads, which inherit it
     with os.fdopen(content_number, "rb") as file:
         content = file.read(wish.size)
     try:

@@ -6,6 +6,7 @@ a worn flash left half written; someone who may write to the folder is kept out 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -97,8 +98,9 @@ class CompiledFile:
         return True
 
     def discard(self) -> None:
-        """Forget an unfinished draft."""
-        self.draft.unlink(missing_ok=True)
+        """Forget an unfinished draft. One that the disk does not let go of must not cost the model."""
+        with contextlib.suppress(OSError):
+            self.draft.unlink(missing_ok=True)
 
 
 class CompiledFolder:

@@ -40,6 +40,7 @@ class InProcess:
     """
 
     restarts = 0
+    loss = ""
 
     def __init__(
         self,

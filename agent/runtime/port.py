@@ -34,13 +34,15 @@ class LoadOptions(Struct, frozen=True):
     first, each by its runtime's own name; the adapter asks afterwards which one it got. An accelerator must
     run all of the model, unless the processor is among them and may have the rest. `compiled` is a
     folder, private to this model and device, where compiled forms (TensorRT engines, optimised graphs)
-    are kept and found again; empty: none are kept.
+    are kept and found again; empty: none are kept. `niceness` (0 to 19) is by how much the worker gives way
+    to every other process.
     """
 
     threads: int = 1
     providers: tuple[str, ...] = ()
     gpu_memory_bytes: int | None = None
     compiled: str = ""
+    niceness: int = 0
 
 
 class Overloaded(EdgewardError):
@@ -85,12 +87,16 @@ class Model(Protocol):
 
 
 class Runner(Protocol):
-    """A model ready to serve, in its worker process or in this one; usable from any thread."""
+    """A model ready to serve, in its worker process or in this one; usable from any thread.
+
+    `restarts` counts the workers that were lost, `loss` says what became of the last one.
+    """
 
     provider: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     restarts: int
+    loss: str
 
     def infer(self, inputs: Arrays) -> Arrays:
         """Run and wait. Raises BadInput, RuntimeFault, Overloaded."""

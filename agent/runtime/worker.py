@@ -107,6 +107,7 @@ class Worker:
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self.restarts = 0
+        self.loss = ""
 
     @property
     def pid(self) -> int | None:
@@ -301,7 +302,9 @@ class Worker:
             if channel.pending:
                 self._loop.add_writer(process.fileno(), self._writable)
             self._company += (len(batch.requests) - self._company) * 0.1
-            if self._company < _ALONE and self._mean_ns < _POLL_NS:
+            # What gives way to others must not hold up the loop that answers them.
+            awake = not self._load.options.niceness
+            if awake and self._company < _ALONE and self._mean_ns < _POLL_NS:
                 self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
@@ -395,6 +398,7 @@ class Worker:
         self._fail(
             failed, RuntimeFault(f"model {self._name}: two workers were lost over one request ({why})")
         )
+        self.loss = why
         self.restarts += 1
         self._loop.call_later(delay, self._start_again)
         if looping:
@@ -433,7 +437,10 @@ class Worker:
     def _check_memory(self) -> None:
         ceiling, used = self._policy.memory_bytes, self.resident_bytes()
         if ceiling is None or used <= ceiling:
-            self._recycling = False
+            if self._recycling:
+                # It has given back what a request took; what came meanwhile waits for nothing else.
+                self._recycling = False
+                self._pump()
             return
         if self._in_flight:
             self._recycling = True  # what runs may end; nothing new begins

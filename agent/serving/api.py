@@ -20,6 +20,7 @@ from agent.serving.inference import Inference, Models
 from agent.serving.messages import JSON, Handler, Request, Respond, Response, answer, refuse
 from agent.serving.refusal import Refusal, bad
 from agent.serving.settings import Settings
+from agent.serving.signature import Signature
 from agent.serving.statistics import Statistics
 from edgeward.clock import Clock
 
@@ -156,10 +157,13 @@ class Api:
         signature = self.models.ready(name, version)
         body = request.body
 
-        def finish(outputs: dict[str, Tensor]) -> None:
-            respond(encode.response(signature, outputs, parsed.wanted, parsed.id))
+        def finish(answering: Signature, outputs: dict[str, Tensor]) -> None:
+            respond(encode.response(answering, outputs, parsed.wanted, parsed.id))
 
-        inference = Inference(signature, self.clock, began, finish, lambda refusal: respond(refuse(refusal)))
+        def fail(refusal: Refusal) -> None:
+            respond(refuse(refusal))
+
+        inference = Inference(self.models, signature, version, self.clock, began, finish, fail)
         try:
             length = request.headers.get(b"inference-header-content-length")
             parsed = parse(

@@ -7,12 +7,16 @@ from typing import Literal, Protocol
 
 from agent.runtime.port import Runner
 from agent.slots.guard import Health
+from agent.slots.tap import Tap
 from edgeward.wire.package import Runtime, TensorSpec
 
 
 @dataclass(frozen=True)
 class Served:
-    """One model version in a slot. `runner` is None while it is not ready; `reason` then says why."""
+    """One model version in a slot. `runner` is None while it is not ready; `reason` then says why.
+
+    `score` is the output that the guard watches, if it does; what was answered is offered at the `tap`.
+    """
 
     name: str
     version: str
@@ -25,6 +29,8 @@ class Served:
     max_batch: int = 1
     nan: Literal["reject", "allow"] = "reject"
     health: Health = field(default_factory=Health, compare=False)
+    score: str = ""
+    tap: Tap = field(default_factory=Tap, compare=False)
 
     @property
     def ready(self) -> bool:

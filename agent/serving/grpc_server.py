@@ -216,8 +216,8 @@ class GrpcServer:
         wishes, identifier = [wish.name for wish in request.outputs], request.id
 
         # The bytes count until the engine is done with them, whether or not the client still waits.
-        def finish(outputs: dict[str, Tensor]) -> None:
-            made = _response(signature, outputs, wishes, identifier)
+        def finish(answering: Signature, outputs: dict[str, Tensor]) -> None:
+            made = _response(answering, outputs, wishes, identifier)
             taken.release()
             if not answered.done():
                 answered.set_result(made)
@@ -227,7 +227,8 @@ class GrpcServer:
             if not answered.done():
                 answered.set_exception(refusal)
 
-        inference = Inference(signature, self._api.clock, began, finish, fail)
+        version = request.model_version
+        inference = Inference(self._models, signature, version, self._api.clock, began, finish, fail)
         try:
             tensors = _tensors(signature, request)
             signature.check_wishes(wishes)

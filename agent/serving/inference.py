@@ -6,17 +6,20 @@ import logging
 from collections.abc import Callable
 
 from agent.runtime.port import Tensor, Timing
+from agent.runtime.tensors import to_array, to_arrays
+from agent.runtime.worker import WorkerStopped
 from agent.serving.catalog import Catalog, Served
 from agent.serving.refusal import NotFinite, Refusal, blames_model, from_engine
 from agent.serving.signature import Signature
 from agent.serving.statistics import Statistics
+from agent.slots.drift import last_column
 from edgeward.clock import Clock
 from edgeward.errors import EdgewardError
 
 log = logging.getLogger(__name__)
 
-#: Makes the transport's answer from checked outputs and hands it out. May raise Refusal before that.
-Finish = Callable[[dict[str, Tensor]], None]
+#: Makes the transport's answer from checked outputs of that model and hands it out. May raise Refusal before that.
+Finish = Callable[[Signature, dict[str, Tensor]], None]
 Fail = Callable[[Refusal], None]
 
 _REMEMBERED_MODELS = 256
@@ -58,15 +61,55 @@ class Models:
             self._signatures[(name, version)] = signature
         return signature
 
+    def successor(self, signature: Signature, version: str) -> Signature | None:
+        """What took a model's place and answers the same requests; None when nothing does.
+
+        `version` is the one that was asked for, empty for whichever acts.
+        """
+        old = signature.served
+        new = self.catalog.find(old.name, version)
+        if new is None or new.runner is None or new.runner is old.runner:
+            return None
+        if (new.inputs, new.outputs, new.nan) != (old.inputs, old.outputs, old.nan):
+            return None
+        return self.ready(old.name, version)
+
 
 class Inference:
-    """Counts one request as a success or a failure, whichever way it ends."""
+    """Counts one request as a success or a failure, whichever way it ends.
 
-    __slots__ = ("_began", "_fail", "_finish", "_now", "_rows", "_signature", "_submitted")
+    A request that its model's worker cannot answer any more, since the slot has another model now, goes over
+    to that one: a swap costs nobody an answer.
+    """
 
-    def __init__(self, signature: Signature, clock: Clock, began: float, finish: Finish, fail: Fail) -> None:
-        """`began` is the clock's monotonic time when the request was complete."""
+    __slots__ = (
+        "_began",
+        "_fail",
+        "_finish",
+        "_models",
+        "_now",
+        "_rows",
+        "_signature",
+        "_submitted",
+        "_tensors",
+        "_version",
+    )
+
+    def __init__(
+        self,
+        models: Models,
+        signature: Signature,
+        version: str,
+        clock: Clock,
+        began: float,
+        finish: Finish,
+        fail: Fail,
+    ) -> None:
+        """`began` is the clock's monotonic time when the request was complete, `version` what it asked for."""
+        self._models = models
         self._signature = signature
+        self._version = version
+        self._tensors: list[Tensor] = []
         self._now = clock.monotonic
         self._began = began
         self._finish = finish
@@ -77,21 +120,43 @@ class Inference:
     def submit(self, tensors: list[Tensor], body_bytes: int) -> None:
         """Queue it; `finish` or `fail` is called later on this loop, or `fail` at once."""
         signature = self._signature
-        served, stats = signature.served, signature.stats
+        stats = signature.stats
         if signature.by_rows and tensors:
             self._rows = tensors[0].shape[0]
         stats.body.observe(body_bytes)
         self._submitted = now = self._now()
         stats.compute_input += now - self._began
-        runner = served.runner
-        if runner is None:
-            raise AssertionError("only a ready model has a signature")
-        stats.pending += 1
+        self._tensors = tensors
+        self._send()
+
+    def _send(self) -> None:
+        while True:
+            signature = self._signature
+            runner = signature.served.runner
+            if runner is None:
+                raise AssertionError("only a ready model has a signature")
+            signature.stats.pending += 1
+            try:
+                runner.submit(self._tensors, self._done)
+                return
+            except EdgewardError as error:
+                signature.stats.pending -= 1
+                if not self._goes_over(error):
+                    self.refuse(from_engine(error))
+                    return
+
+    def _goes_over(self, error: EdgewardError) -> bool:
+        """Whether `error` means that another model answers now, which is `_signature` then."""
+        if not isinstance(error, WorkerStopped):
+            return False
         try:
-            runner.submit(tensors, self._done)
-        except EdgewardError as error:
-            stats.pending -= 1
-            self.refuse(from_engine(error))
+            successor = self._models.successor(self._signature, self._version)
+        except Refusal:
+            return False
+        if successor is None:
+            return False
+        self._signature = successor
+        return True
 
     def _done(self, result: list[Tensor] | EdgewardError, timing: Timing) -> None:
         signature = self._signature
@@ -101,12 +166,15 @@ class Inference:
         health = signature.served.health
         try:
             if isinstance(result, EdgewardError):
+                if self._goes_over(result):
+                    self._send()
+                    return
                 if blames_model(result):
                     health.failed += 1
                 raise from_engine(result)
             outputs = self._checked(result)
             health.note(timing.infer_ns)
-            self._finish(outputs)
+            self._finish(signature, outputs)
         except NotFinite as refusal:
             health.not_finite += 1
             self.refuse(refusal)
@@ -129,6 +197,11 @@ class Inference:
         stats.queue.observe(timing.queue_ns / 1e9)
         stats.infer.observe(timing.infer_ns / 1e9)
         stats.request.observe(now - self._began)
+        served = signature.served
+        if served.score:
+            health.note_scores(last_column(to_array(outputs[served.score])))
+        if (observer := served.tap.observer) is not None and observer.chosen(1):
+            observer.offer(to_arrays(self._tensors), to_arrays(list(outputs.values())))
 
     def _checked(self, result: list[Tensor]) -> dict[str, Tensor]:
         try:

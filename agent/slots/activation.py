@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
 from agent.runtime.providers import Plan, Rules, Verdict
@@ -25,6 +27,9 @@ from edgeward.wire.reports import Condition, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
+
+#: The lowest priority that a process without privileges can take.
+SHADOW_NICENESS = 19
 
 
 class ProviderRules(Protocol):
@@ -210,6 +215,33 @@ class Activation:
             log.warning("%s:%s: not compiled ahead: %s", *_name(ref), error)
         runner, condition = self._open(package, record.policy, batchable)
         return Opened(package, runner, batchable, condition, tuple(record.variants))
+
+    def shadow(self, opened: Opened, policy: SlotPolicy) -> Runner:
+        """A tested model once more, in a worker under `policy` that gives way to every other process.
+
+        Raises RuntimeFault.
+        """
+        package = opened.package
+        asked = self._wanted(package.variant, policy)
+        options = msgspec.structs.replace(
+            self._options(package.variant, policy, asked), niceness=SHADOW_NICENESS
+        )
+        name = f"{package.ref.model}:{package.ref.version} shadow"
+        runner = self._engine.open(package.variant.runtime, package.content, name, policy, options)
+        try:
+            self._judge(asked, runner.provider, policy)
+        except BaseException:
+            runner.stop(at_once=True)
+            raise
+        return runner
+
+    def acting(self, opened: Opened, policy: SlotPolicy) -> Opened:
+        """A tested model that does not run any more, on a new runner under the slot's own policy.
+
+        Raises RuntimeFault.
+        """
+        runner, condition = self._open(opened.package, policy, opened.batchable)
+        return replace(opened, runner=runner, condition=condition)
 
     def sweep(self, keep: Iterable[str]) -> None:
         """Remove the compiled forms of every blob that is not in `keep`."""

@@ -9,7 +9,10 @@ import msgspec
 
 from agent.runtime.port import Runner
 from agent.slots.activation import Opened
+from agent.slots.drift import ScoreBins
 from agent.slots.guard import Guard, Health
+from agent.slots.shadow import Side, score_output
+from agent.slots.tap import Tap
 from agent.streams.sketches import LiveBaseline
 from agent.verify import VerifiedPackage
 from edgeward.clock import Clock
@@ -23,7 +26,7 @@ class ActiveModel:
     """A verified package, ready to infer; `live` collects what its drift figure is made of.
 
     `condition` is what the device shall tell of the provider it runs on. Who asks the model counts in
-    `health` how that went.
+    `health` how that went, and offers what it answered to the shadow at its `tap`, if there is one.
     """
 
     package: VerifiedPackage
@@ -33,10 +36,17 @@ class ActiveModel:
     condition: Condition | None = None
     health: Health = field(default_factory=Health)
     guard: Guard | None = None
+    tap: Tap = field(default_factory=Tap)
 
     @property
     def ref(self) -> ModelRef:
         return self.package.ref
+
+    @property
+    def score(self) -> str:
+        """The output that the model is judged by; empty without any of numbers."""
+        decision = self.package.manifest.decision
+        return score_output(Side(self.runner.outputs, decision))
 
 
 def make_active(opened: Opened, policy: SlotPolicy, clock: Clock) -> ActiveModel:
@@ -44,7 +54,11 @@ def make_active(opened: Opened, policy: SlotPolicy, clock: Clock) -> ActiveModel
     if condition is not None and not condition.last_transition_time:
         condition = msgspec.structs.replace(condition, last_transition_time=clock.now())
     live = LiveBaseline(opened.package.manifest.baseline)
-    return ActiveModel(opened.package, opened.runner, live, policy, condition, guard=Guard(policy.guard))
+    health = Health()
+    if policy.guard.output_drift is not None:
+        health.scores = ScoreBins()
+    guard = Guard(policy.guard)
+    return ActiveModel(opened.package, opened.runner, live, policy, condition, health, guard)
 
 
 def conditions(active: Mapping[str, ActiveModel]) -> list[Condition]:

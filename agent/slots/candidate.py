@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable
-from typing import Unpack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from agent import delta
+from agent.attempts import Attempts, Risk
 from agent.fetch import NoRoom
-from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, Details, Event, SlotState, Verdict, due, step, waits
+from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, TABLE, Event, SlotState, Verdict, due, waits
 from agent.pace import Paused
 from agent.slots.activation import Activation, Opened, Refused
 from agent.slots.active import make_active
-from agent.slots.board import Board
+from agent.slots.board import BESIDE, Board
+from agent.slots.boot import candidate_key
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate, MustStay, Stay
+from agent.slots.heat import hottest
 from agent.slots.records import recorded
+from agent.slots.shadow import Finding
+from agent.slots.shadows import Run, Shadows
+from agent.slots.walk import Replaced, Walk
 from agent.state import SlotRecord, State
 from agent.verify import Verifier
 from edgeward.errors import DigestMismatch, EdgewardError, PackageError, RuntimeFault, TrustError, Unavailable
@@ -29,10 +36,6 @@ log = logging.getLogger(__name__)
 
 #: Why a model that is fine by itself was refused: a stream of its slot does not fit it.
 MISMATCH = "StreamMismatch"
-
-
-class Replaced(Exception):
-    """A newer wish has taken the candidate's place, or the agent stops."""
 
 
 class Candidates:
@@ -47,8 +50,10 @@ class Candidates:
         disk: Disk,
         gate: Gate,
         problem: Callable[[str, Opened], str],
+        attempts: Attempts,
+        temperature: Callable[[], float | None] = hottest,
     ) -> None:
-        """`problem` says why a tested model must not enter a slot after all."""
+        """`problem` says why a tested model must not enter a slot after all, `temperature` how hot the device is."""
         self._board = board
         self._state = state
         self._verifier = verifier
@@ -57,6 +62,8 @@ class Candidates:
         self._gate = gate
         self._problem = problem
         self._holds = gate.holds()
+        self._shadows = Shadows(board, activation, temperature)
+        self._attempts = attempts
 
     def next_due(self) -> tuple[str, SlotState] | None:
         """A candidate that may try now; with the board's lock held."""
@@ -92,39 +99,86 @@ class Candidates:
     def advance(self, name: str, candidate: SlotState) -> None:
         """Walk one candidate as far as it goes; every stop carries its reason."""
         walk = Walk(self._board, name, candidate)
+        self.guarded(walk, lambda: self._walk(walk))
+
+    def guarded(self, walk: Walk, work: Callable[[], None]) -> None:
+        """Do a part of the walk; whatever goes wrong becomes its step. Raises Replaced."""
+        name = walk.name
         try:
-            self._try(walk)
-        except (EdgewardError, OSError, sqlite3.Error) as error:
+            self._try(walk, work)
+        except Replaced:
+            raise
+        except Exception as error:
             # A full disk, for example, wherever it was noticed: what runs goes on, and this is tried again.
             log.exception("slot %s: %s", name, error)
-            patience = RETRY_MAX if isinstance(error, EdgewardError) else DISK_RETRY_MAX
+            if (walk.state.phase, Event.UNAVAILABLE) not in TABLE:
+                return  # it has come to its end, only something behind it failed
+            patience = DISK_RETRY_MAX if isinstance(error, OSError | sqlite3.Error) else RETRY_MAX
             walk.to(Event.UNAVAILABLE, reason=type(error).__name__, message=str(error), patience=patience)
 
-    def _try(self, walk: Walk) -> None:
+    def _walk(self, walk: Walk) -> None:
         name, target, policy = walk.name, walk.state.target, walk.state.policy
-        manifest = None
-        try:
-            if walk.state.phase is Phase.PENDING:
-                manifest = self._fetch(walk)
-                if (stay := self._gate.activation(name)) is not None:
-                    # Known after a reboot without a network, too.
-                    self._state.set_staged(name, target)
-                walk.to(Event.VERIFIED)
-                if stay is not None:
-                    _stop_at(walk, stay)
-                    return
-            elif walk.state.phase is Phase.HELD:
-                walk.to(Event.RELEASED)
-            walk.to(Event.TESTING)
-            if manifest is None:
-                manifest = self._verifier.reopen_manifest(target)
+        slot, manifest = name.removesuffix(BESIDE), None
+        if walk.state.phase is Phase.PENDING:
+            manifest = self._fetch(walk)
+            stay = self._stay_before(walk)
+            if stay is not None:
+                # Known after a reboot without a network, too.
+                self._state.set_staged(name, target)
+            walk.to(Event.VERIFIED)
+            if stay is not None:
+                _stop_at(walk, stay)
+                return
+        elif walk.state.phase is Phase.HELD:
+            walk.to(Event.RELEASED)
+        walk.to(Event.TESTING)
+        if manifest is None:
+            manifest = self._verifier.reopen_manifest(target)
+        with self._attempt(target.digest):
             opened = self._activation.open(target, manifest, policy, walk.check)
-            if problem := self._problem(name, opened):
+            if problem := self._problem(slot, opened):
                 opened.runner.stop()
                 raise Refused(MISMATCH, problem, table=opened.table)
-            self._activate(walk, opened)
+            if self._shadows.wanted(walk):
+                self._shadows.begin(walk, opened)
+            else:
+                self._activate(walk, opened)
+
+    def look_after(self) -> None:
+        """Let candidates that run without acting go on to act, or end."""
+        for run, finding in self._shadows.look_after():
+            with contextlib.suppress(Replaced):
+                if finding.passed:
+                    self.guarded(run.walk, partial(self._enter, run, finding))
+                else:
+                    self.guarded(run.walk, partial(self._end, run, finding))
+
+    def stop(self) -> None:
+        """End what runs without acting."""
+        self._shadows.stop()
+
+    def _enter(self, run: Run, finding: Finding) -> None:
+        self._shadows.passed(run.walk)
+        with self._attempt(run.walk.state.target.digest):
+            opened = self._activation.acting(run.opened, run.walk.state.policy)
+            self._activate(run.walk, opened, finding)
+
+    def _end(self, run: Run, finding: Finding) -> None:
+        raise Refused(
+            finding.reason,
+            f"without acting: {finding.message}",
+            measured=finding.measured,
+            limit=finding.limit,
+            lasting=finding.lasting,
+            table=run.opened.table,
+        )
+
+    def _try(self, walk: Walk, work: Callable[[], None]) -> None:
+        name = walk.name
+        try:
+            work()
         except MustStay as error:
-            self._state.set_staged(name, target)
+            self._state.set_staged(name, walk.state.target)
             _stop_at(walk, error.stay)
         except Paused as error:
             if walk.state.phase is Phase.DOWNLOADING:
@@ -152,12 +206,36 @@ class Candidates:
         except (PackageError, RuntimeFault) as error:
             self._refuse(walk, Refused(type(error).__name__, str(error), lasting=True))
 
+    @contextmanager
+    def _attempt(self, digest: str) -> Iterator[None]:
+        """Its code is run for the first time: if the agent does not survive that, its successor will know why."""
+        key = candidate_key(digest)
+        self._attempts.begin(key, digest, Risk.TESTING)
+        try:
+            yield
+        except Replaced:
+            self._attempts.leave(key)
+            raise
+        except BaseException:
+            self._attempts.end(key)
+            raise
+        self._attempts.end(key)
+
+    def _stay_before(self, walk: Walk) -> Stay | None:
+        """What keeps the walk from going on to its self-test; hours do not where it would not act yet."""
+        if walk.name.endswith(BESIDE):
+            return None
+        stay = self._gate.activation(walk.name)
+        return stay if stay is None or stay.held or not self._shadows.wanted(walk) else None
+
     def _fetch(self, walk: Walk) -> Manifest:
         """Everything that the walk needs, verified and on the disk."""
         name, target, policy = walk.name, walk.state.target, walk.state.policy
         walk.to(Event.BEGUN)
         manifest = self._staged(name, target) or self._verifier.fetch_manifest(target)
-        self._activation.fetch(manifest, policy, delta.earlier(self._board.records, name, target.model))
+        self._activation.fetch(
+            manifest, policy, delta.earlier(self._board.records, name.removesuffix(BESIDE), target.model)
+        )
         walk.to(Event.FETCHED)
         self._activation.verify(target, manifest, policy)
         return manifest
@@ -172,8 +250,11 @@ class Candidates:
             log.info("slot %s: what was staged is fetched again: %s", name, error)
             return None
 
-    def _activate(self, walk: Walk, opened: Opened) -> None:
-        """Durable first, then visible; the old worker ends after its last call has returned."""
+    def _activate(self, walk: Walk, opened: Opened, finding: Finding | None = None) -> None:
+        """Durable first, then visible; the old worker ends after its last call has returned.
+
+        `finding` is what a run without acting has shown.
+        """
         name, policy = walk.name, walk.state.policy
         before = self._board.records.get(name, SlotRecord())
         record = recorded(before, opened, policy)
@@ -183,8 +264,15 @@ class Candidates:
                 self._state.set_slot(name, record)
             try:
                 with self._board.lock:
+                    shown = finding or Finding(
+                        True, "SelfTestPassed", measured=opened.measured, limit=opened.limit
+                    )
                     walk.take(
-                        Event.PASSED, reason="SelfTestPassed", measured=opened.measured, limit=opened.limit
+                        Event.PASSED,
+                        reason=shown.reason,
+                        message=shown.message,
+                        measured=shown.measured,
+                        limit=shown.limit,
                     )
                     old = self._board.active.get(name)
                     self._board.records[name] = record
@@ -237,39 +325,3 @@ def _stop_at(walk: Walk, stay: Stay) -> None:
         message=stay.message,
         until=stay.until or 0.0,
     )
-
-
-class Walk:
-    """One candidate on its way; stops when a newer wish has come."""
-
-    def __init__(self, board: Board, name: str, state: SlotState) -> None:
-        self._board = board
-        self.name = name
-        self.state = state
-
-    def check(self) -> None:
-        """Raises Replaced when there is nothing to go on for."""
-        board = self._board
-        with board.lock:
-            if board.stop or board.candidates.get(self.name) != self.state:
-                raise Replaced
-
-    def take(self, event: Event, **details: Unpack[Details]) -> None:
-        """One step, not told to anyone yet. Raises Replaced."""
-        board = self._board
-        after = step(self.state, event, board.clock.now(), **details)
-        with board.lock:
-            self.check()
-            board.candidates[self.name] = self.state = after
-
-    def tell(self) -> None:
-        target, after = self.state.target, self.state
-        log.info(
-            "slot %s: %s:%s is %s %s", self.name, target.model, target.version, after.phase, after.message
-        )
-        # Never with the lock held: whoever is told asks for a report.
-        self._board.changed()
-
-    def to(self, event: Event, **details: Unpack[Details]) -> None:
-        self.take(event, **details)
-        self.tell()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from dataclasses import replace
 
 from agent import lifecycle
@@ -64,20 +63,23 @@ class Care:
         """Let a model give way that breaks its guard's policy."""
         now = self._board.clock.monotonic()
         for name, model in list(self._board.active.items()):
-            breach = self._breach(name, model, now)
-            if breach is None:
-                if self._board.alone.pop(name, ""):
-                    self._recover(name)
-                continue
-            if self._board.alone.get(name) == breach.reason or now < self._again_at.get(name, 0.0):
-                continue
             try:
-                self._give_way(name, model, breach)
-                self._again_at.pop(name, None)
-            except (EdgewardError, OSError, sqlite3.Error) as error:
-                # The disk, most likely: each try loads the predecessor.
+                self._look_after(name, model, now)
+            except Exception as error:
+                # The disk, most likely: each try loads the predecessor. A bug over one must not cost the others.
                 self._again_at[name] = now + DISK_RETRY_MAX
                 log.exception("slot %s: %s cannot give way yet: %s", name, runner_name(model.ref), error)
+
+    def _look_after(self, name: str, model: ActiveModel, now: float) -> None:
+        breach = self._breach(name, model, now)
+        if breach is None:
+            if self._board.alone.pop(name, ""):
+                self._recover(name)
+            return
+        if self._board.alone.get(name) == breach.reason or now < self._again_at.get(name, 0.0):
+            return
+        self._give_way(name, model, breach)
+        self._again_at.pop(name, None)
 
     def _breach(self, name: str, model: ActiveModel, now: float) -> Breach | None:
         losses = self._board.looping.get(name)
@@ -96,7 +98,7 @@ class Care:
             return
         try:
             opened = self._activation.reopen(back.running, back)
-        except (EdgewardError, OSError) as error:
+        except EdgewardError as error:  # of the model; what the disk says now (OSError) may change
             self._left_alone(name, model.ref, breach, f"its predecessor cannot run: {error}")
             return
         verdict = Verdict(
@@ -113,6 +115,8 @@ class Care:
             self._board.tables[name] = opened.table
             self._board.looping.pop(name, None)
             self._board.alone.pop(name, None)
+        # Also where a newer wish makes it no step of the slot's: servers must let go of the other worker now.
+        self._board.changed()
         self._tell(name, model.ref, Event.ROLLED_BACK, breach)
         log.warning("slot %s: %s runs again", name, runner_name(back.running))
         model.runner.stop()

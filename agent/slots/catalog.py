@@ -69,6 +69,8 @@ def _served(active: ActiveModel) -> Served:
         max_batch=policy.max_batch,
         nan=policy.nan,
         health=active.health,
+        score=active.score if active.health.scores is not None else "",
+        tap=active.tap,
     )
 
 

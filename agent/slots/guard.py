@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from agent.runtime import recovery
+from agent.slots.drift import ScoreBins, drift
 from edgeward.wire.slots import GuardPolicy
 
 #: Upper bounds of latency classes in nanoseconds, each 10 % above the one before: 10 us to over a minute.
@@ -19,7 +24,7 @@ _BOUNDS = [round(10_000 * 1.1**n) for n in range(170)]
 class Health:
     """What a model in a slot has done since it became active. Any thread may add; none waits."""
 
-    __slots__ = ("alarms", "answered", "classes", "failed", "not_finite")
+    __slots__ = ("_adding", "alarms", "answered", "classes", "failed", "not_finite", "scores")
 
     def __init__(self) -> None:
         self.answered = 0
@@ -27,6 +32,15 @@ class Health:
         self.not_finite = 0
         self.alarms = 0
         self.classes = [0] * (len(_BOUNDS) + 1)
+        #: None unless the guard's policy asks for it: counting scores is not free.
+        self.scores: ScoreBins | None = None
+        self._adding = threading.Lock()
+
+    def note_scores(self, scores: npt.NDArray[np.floating]) -> None:
+        """`scores` `[n]` are what inferences are judged by; to be called where `scores` is not None."""
+        if self.scores is not None:
+            with self._adding:
+                self.scores.add(scores)
 
     def note(self, spent_ns: int, number: int = 1) -> None:
         """`number` inferences were answered after `spent_ns` in the runtime."""
@@ -44,6 +58,8 @@ class Mark:
     not_finite: int
     alarms: int
     classes: tuple[int, ...]
+    scores: tuple[int, ...] = ()
+    reference: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,11 @@ def crash_loop_breach(losses: int) -> Breach:
 
 
 def mark(health: Health, now: float) -> Mark:
-    return Mark(now, health.answered, health.failed, health.not_finite, health.alarms, tuple(health.classes))
+    figures = health.answered, health.failed, health.not_finite, health.alarms, tuple(health.classes)
+    scores = health.scores
+    return (
+        Mark(now, *figures, scores.counts, scores.proportions) if scores is not None else Mark(now, *figures)
+    )
 
 
 def judge(policy: GuardPolicy, before: Mark, after: Mark) -> Breach | None:
@@ -92,6 +112,11 @@ def judge(policy: GuardPolicy, before: Mark, after: Mark) -> Breach | None:
             after.alarms - before.alarms, answered, policy.alarm_rate, "GuardAlarmRate", "raised an alarm"
         )
     )
+    if found is None and policy.output_drift is not None and after.reference:
+        moved = drift(after.reference, before.scores, after.scores)
+        if moved is not None and moved[0] > policy.output_drift:
+            message = f"the PSI of {moved[1]} scores in {seconds:.0f} s against the first ones"
+            found = Breach("GuardOutputDrift", message, moved[0], policy.output_drift)
     if found is not None or policy.latency_ms is None or not answered:
         return found
     p95 = percentile(before.classes, after.classes, 0.95)

@@ -8,19 +8,23 @@ import threading
 from collections.abc import Callable
 
 from agent import lifecycle
+from agent.attempts import Attempts
+from agent.lifecycle import Verdict
 from agent.runtime.engine import Engine
 from agent.slots.activation import Activation, Opened, Setup
-from agent.slots.active import ActiveModel, conditions, make_active
-from agent.slots.board import RUNNING, Board
-from agent.slots.candidate import MISMATCH, Candidates, Replaced
+from agent.slots.active import ActiveModel, conditions
+from agent.slots.board import BESIDE, RUNNING, Board
+from agent.slots.boot import Boot
+from agent.slots.candidate import MISMATCH, Candidates
 from agent.slots.care import Care
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate
+from agent.slots.heat import hottest
+from agent.slots.walk import Replaced
 from agent.state import State
 from agent.trusted_clock import Moment
 from agent.verify import Verifier
 from edgeward.clock import Clock
-from edgeward.errors import EdgewardError
 from edgeward.wire.desired import SlotTarget
 from edgeward.wire.reports import Condition, Hold, Phase, SlotReport
 from edgeward.wire.schedule import Delivery
@@ -44,34 +48,38 @@ class Slots:
         changed: Callable[[], None],
         setup: Setup | None = None,
         problem: Callable[[str, Opened], str] = lambda slot, opened: "",
+        attempts: Attempts | None = None,
         gate: Gate | None = None,
+        temperature: Callable[[], float | None] = hottest,
     ) -> None:
         """`changed` is called after every change, from any of the agent's threads. `problem` says why a
-        tested model must not enter a slot after all: a stream of that slot cannot feed it. `gate` knows the
-        site's hours and holds."""
+        tested model must not enter a slot after all: a stream of that slot cannot feed it. `attempts`: those
+        of this start of the agent, where others count there, too. `gate` knows the site's hours and holds.
+        `temperature` gives degrees Celsius, None where nothing says."""
         self._state = state
         self._board = board = Board(state.slots(), clock, changed)
         self._activation = Activation(state, verifier, engine, runtimes, clock, setup)
         self._disk = disk = Disk(board, state, verifier, self._activation)
         self._gate = gate = gate or Gate(lambda: Moment(clock.now()))
-        self._candidates = Candidates(board, state, verifier, self._activation, disk, gate, problem)
+        attempts = attempts or Attempts(state)
+        self._boot = Boot(board, state, self._activation, attempts)
+        self._candidates = Candidates(
+            board, state, verifier, self._activation, disk, gate, problem, attempts, temperature
+        )
         self._care = Care(board, state, self._activation, disk)
         gate.meanwhile(self._meanwhile)
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
 
     def start(self) -> None:
         """Load again what ran before, from verified bytes on disk and without a network; then follow wishes."""
-        for name, record in self._board.records.items():
-            if record.running is not None:
-                try:
-                    opened = self._activation.reopen(record.running, record)
-                except (EdgewardError, OSError) as error:
-                    log.error("slot %s: %s cannot run again: %s", name, record.running.model, error)
-                    continue
-                self._board.active[name] = make_active(opened, record.policy, self._board.clock)
-                self._board.tables[name] = opened.table
-        self._disk.sweep()
+        self.open()
         self._thread.start()
+
+    def open(self) -> None:
+        """What `start` does before the thread begins; for a caller that takes every turn itself."""
+        self._boot.condemn()
+        self._boot.reopen()
+        self._disk.sweep()
 
     def stop(self) -> None:
         with self._board.lock:
@@ -80,9 +88,12 @@ class Slots:
             self._board.stop = True
             self._board.lock.notify_all()
         self._gate.stop()
-        self._thread.join(30)
+        if self._thread.ident is not None:
+            self._thread.join(30)
+        self._candidates.stop()
         for model in self._board.active.values():
             model.runner.stop()
+        self._boot.stop()
 
     def active(self, slot: str) -> ActiveModel | None:
         return self._board.active.get(slot)
@@ -109,11 +120,25 @@ class Slots:
                     self._board.candidates[name] = lifecycle.wish(
                         target.active, quarantined, now, target.policy
                     )
-            for name in set(self._board.candidates) - set(targets):
+            beside = {name + BESIDE: target for name, target in targets.items() if target.shadow is not None}
+            for name, target in beside.items():
+                self._wish_beside(name, target, quarantined, now)
+            for name in set(self._board.candidates) - set(targets) - set(beside):
                 del self._board.candidates[name]
             self._board.untidy = True
             self._board.lock.notify_all()
         self._board.changed()
+
+    def _wish_beside(
+        self, name: str, target: SlotTarget, quarantined: dict[str, Verdict], now: float
+    ) -> None:
+        """A candidate that runs without acting for as long as it is wished."""
+        wanted, known = target.shadow, self._board.candidates.get(name)
+        same = known is not None and (known.target, known.policy) == (wanted, target.policy)
+        # The streams may be others now.
+        if wanted is None or (same and known is not None and known.reason != MISMATCH):
+            return
+        self._board.candidates[name] = lifecycle.wish(wanted, quarantined, now, target.policy)
 
     def retry(self) -> None:
         """Try again at once what waits for its next try."""
@@ -126,7 +151,10 @@ class Slots:
         """Whether every wish has come to its end, good or bad."""
         with self._board.lock:
             ended = (*RUNNING, Phase.QUARANTINED)
-            return all(state.phase in ended for state in self._board.candidates.values())
+            return all(
+                state.phase in ended or (state.phase is Phase.SHADOW and name.endswith(BESIDE))
+                for name, state in self._board.candidates.items()
+            )
 
     def crash_looped(self, name: str, losses: int, seconds: float) -> None:
         """A model's worker was lost `losses` times within `seconds`; for the engine, does not wait."""
@@ -154,21 +182,37 @@ class Slots:
             self._care.look_after()
             self._candidates.tell_holds()
 
-    def _work(self) -> None:
-        while True:
-            self._care.look_after()
-            self._candidates.look()
-            with self._board.lock:
-                if self._board.stop:
-                    return
-                due = self._candidates.next_due()
-                if due is None and not self._board.untidy:
-                    self._board.lock.wait(LOOK_SECONDS)
-                    continue
-            if due is None:
-                self._board.untidy = False
-                self._disk.collect()
-                continue
+    def turn(self) -> bool:
+        """Look after what runs, then walk one candidate that is due; False when there is nothing to do now."""
+        self._boot.look()
+        self._care.look_after()
+        self._candidates.look()
+        self._candidates.look_after()
+        with self._board.lock:
+            if self._board.stop:
+                return False
+            due = self._candidates.next_due()
+            if due is None and not self._board.untidy:
+                return False
+        if due is None:
+            self._board.untidy = False
+            self._disk.collect()
+        else:
             # A newer wish may come while the reason for stopping is being written down.
             with contextlib.suppress(Replaced):
                 self._candidates.advance(*due)
+        return True
+
+    def _work(self) -> None:
+        while True:
+            try:
+                busy = self.turn()
+            except Exception:
+                # A bug over one model must not leave all the others without care.
+                log.exception("the slots' turn failed")
+                busy = False
+            with self._board.lock:
+                if self._board.stop:
+                    return
+                if not busy and self._candidates.next_due() is None and not self._board.untidy:
+                    self._board.lock.wait(LOOK_SECONDS)

@@ -23,7 +23,8 @@ class Selection:
     differs from the one before, and one of which an output is more than `tolerance` away from the last
     result chosen (so a slow drift is seen); an output that appears, disappears or becomes not-a-number or
     a number counts as a change. `uncertain`: the decision's output lies within `margin` of its threshold
-    or is not a number; without a decision nothing is certain, and every result is chosen.
+    or is not a number; without a decision nothing is certain, and every result is chosen. `disagreeing`: none
+    here, see `agent.streams.disagreeing`.
 
     `tolerance` and `margin` include their limit: a difference of exactly `tolerance` is no change, one of
     exactly `margin` is uncertain. Of at most MAX_KEYS keys the state is remembered.
@@ -46,7 +47,7 @@ class Selection:
         match self._spec.results:
             case "all":
                 return np.ones(count, np.bool_)
-            case "none":
+            case "none" | "disagreeing":  # whether a shadow disagrees is known later
                 return np.zeros(count, np.bool_)
             case "uncertain":
                 return self._uncertain(outputs, count)

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from agent.outbox.outbox import Outbox
 from agent.runtime.port import BadInput, Overloaded
 from agent.runtime.worker import WorkerStopped
 from agent.slots.active import ActiveModel
-from agent.state import State
 from agent.streams.decode.sequence import Joining, Position, continue_sequence
+from agent.streams.disagreeing import Disagreeing
 from agent.streams.examples import Examples, make_examples
 from agent.streams.figures import Figures
 from agent.streams.infer import infer_fitting
@@ -70,7 +71,7 @@ class StreamRunner:
         self,
         target: StreamTarget,
         name: DeviceName,
-        state: State,
+        outbox: Outbox,
         clock: Clock,
         active: Callable[[str], ActiveModel | None],
         link: MqttLink,
@@ -82,7 +83,6 @@ class StreamRunner:
         self.target = target
         self._spec = spec
         self._name = name
-        self._state = state
         self._clock = clock
         self._active = active
         self._committed = committed
@@ -90,7 +90,7 @@ class StreamRunner:
         self._source_key = f"{target.name}:{fill_in(getattr(spec.source.one(), 'topic', ''), name)}"
         self._numbered = numbers_samples(spec.source)
         self._joining = Joining()
-        self._position = state.source(self._source_key) if self._numbered else None
+        self._position = outbox.source(self._source_key) if self._numbered else None
         self._durable = self._position
         self.source = build(
             spec.source,
@@ -108,7 +108,8 @@ class StreamRunner:
         self._trends = Trends(
             int(spec.publish.trend_bucket * 1e6), spec.publish.trend_bucket + spec.window.timeout
         )
-        self._trends.restore(state.open_trends(target.name), clock.monotonic())
+        self._trends.restore(outbox.open_trends(target.name), clock.monotonic())
+        self._disagreeing = Disagreeing(target, clock)
         self._selection: Selection | None = None
         self._model: ActiveModel | None = None
         self._signature: Signature | None = None
@@ -119,9 +120,10 @@ class StreamRunner:
         self._stop = threading.Event()
         self._figures = Figures()
         self._writer = Writer(
-            state,
+            outbox,
             self._source_key,
             self._stop,
+            holds=self._numbered,
             stored=self._stored,
             refused=self._refused,
             failed=self._fail,
@@ -227,7 +229,7 @@ class StreamRunner:
             closed += self._windows.add(samples, arrived)
         now = self._clock.monotonic()
         closed += self._windows.due(now)
-        if closed or (self._trends.due or now + 1) <= now:
+        if closed or self._disagreeing.waiting or (self._trends.due or now + 1) <= now:
             self._process(closed, received if received is not None else self._clock.monotonic())
 
     def _accept(self, samples: Samples) -> Samples:
@@ -267,9 +269,14 @@ class StreamRunner:
         rows: list[tuple[Lane, Row]] = []
         if examples is not None:
             rows += self._rows_of(examples, received)
+        if self._disagreeing.waiting:
+            late, dropped = self._disagreeing.take()
+            rows += late
+            self.count("disagreeing_dropped", dropped)
         trends = self._trends.take(self.target, self._clock.monotonic(), everything=everything)
         rows += [("trend", row) for row in trends]
-        change = self._trends.change(self.target, closed=bool(trends))
+        whole = bool(trends) or self._writer.take_missed()
+        change = self._trends.change(self.target, closed=whole)
         position = self._positions.at(self._windows.settled)
         position = position if self._numbered else None
         if rows or position or change is not None:
@@ -388,6 +395,11 @@ class StreamRunner:
             spent = self._clock.monotonic() - began
             model.health.note(round(spent * 1e9), int(answered.sum()))
             model.health.alarms += int(outputs.alarm.sum())
+            if model.health.scores is not None and model.score in outputs.scores:
+                model.health.note_scores(outputs.scores[model.score][outputs.answered])
+            if (observer := model.tap.observer) is not None:
+                lineage = Lineage(model.ref.digest, model.package.variant.name, model.runner.provider)
+                self._disagreeing.offer(observer, signature, lineage, examples, got, outputs)
             return model, outputs, spent * 1e3
 
     # figures

@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.outbox.outbox import Outbox
 from agent.serving.messages import Request, Respond, Response, answer, refuse
 from agent.serving.refusal import Refusal
 from agent.slots.activation import Opened
 from agent.slots.active import ActiveModel
-from agent.state import State
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner
 from agent.streams.signature import match
@@ -38,7 +38,7 @@ class Streams:
     def __init__(
         self,
         name: DeviceName,
-        state: State,
+        outbox: Outbox,
         clock: Clock,
         active: Callable[[str], ActiveModel | None],
         link: LocalLink,
@@ -47,7 +47,7 @@ class Streams:
     ) -> None:
         """`folder` is where `file` actions write."""
         self._name = name
-        self._state = state
+        self._outbox = outbox
         self._clock = clock
         self._active = active
         self._link = link
@@ -82,7 +82,7 @@ class Streams:
             return StreamRunner(
                 target,
                 self._name,
-                self._state,
+                self._outbox,
                 self._clock,
                 self._active,
                 StreamLink(self._link),

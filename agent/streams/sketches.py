@@ -58,6 +58,9 @@ class Sketch:
             made._sketch = datasketches.kll_floats_sketch.deserialize(encoded)
         return made
 
+    def merge(self, other: Sketch) -> None:
+        self._sketch.merge(other._sketch)
+
     def encoded(self) -> bytes:
         """In the binary form of Apache DataSketches; empty before the first value."""
         return b"" if self._sketch.is_empty() else bytes(self._sketch.serialize())
@@ -106,6 +109,22 @@ class Statistics:
             )
             old = self.histogram or [0] * len(bins)
             self.histogram = [int(a + b) for a, b in zip(old, bins, strict=True)]
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what `other` counted, in bins of the same edges."""
+        total = self.count + other.count
+        self.missing += other.missing
+        if other.count:
+            delta = other.mean - self.mean
+            self.m2 += other.m2 + delta * delta * self.count * other.count / total
+            self.mean += delta * other.count / total
+            self.count = total
+            self.minimum = min(self.minimum, other.minimum)
+            self.maximum = max(self.maximum, other.maximum)
+            self.sketch.merge(other.sketch)
+        if other.histogram:
+            old = self.histogram or [0] * len(other.histogram)
+            self.histogram = [a + b for a, b in zip(old, other.histogram, strict=True)]
 
 
 class LiveBaseline:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from agent.state import TrendChange
+from agent.outbox.merging import statistics_of
+from agent.outbox.rows import TrendChange
 from agent.streams.results import Lineage
-from agent.streams.sketches import Sketch, Statistics
+from agent.streams.sketches import Statistics
 from edgeward.wire.desired import StreamTarget
 from edgeward.wire.rows import Row, TrendRow
 
@@ -117,17 +116,7 @@ class Trends:
             return
         for row in msgspec.msgpack.decode(changes[0], type=list[TrendRow]):
             lineage = Lineage(row.digest, row.variant, row.provider)
-            self._open[(row.series, row.bucket, lineage)] = Statistics(
-                row.edges,
-                row.count,
-                row.missing,
-                row.mean,
-                row.m2,
-                row.minimum if row.count else math.inf,
-                row.maximum if row.count else -math.inf,
-                row.histogram,
-                Sketch.restored(row.sketch),
-            )
+            self._open[(row.series, row.bucket, lineage)] = statistics_of(row)
             self._newest = max(self._newest, row.bucket)
             self._touched = now
         for added in changes[1:]:

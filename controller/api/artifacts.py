@@ -11,7 +11,9 @@ from starlette.concurrency import run_in_threadpool
 
 from controller.api.access import Fetcher, Releaser, Service, answer
 from controller.api.download import Download
+from controller.api.redirect import Redirect
 from controller.store import records
+from edgeward.errors import NotFound
 from edgeward.identifiers import check_digest
 
 router = APIRouter()
@@ -41,7 +43,22 @@ def _download(
 
 @router.api_route("/artifacts/{digest}", methods=["GET", "HEAD"])
 def fetch(request: Request, digest: str, controller: Service, who: Fetcher) -> Response:
-    return _download(request, controller, who, controller.artifacts.path(check_digest(digest)), digest, {})
+    """The file, or for GET the address where it is (307) when artifacts are kept elsewhere."""
+    source = controller.artifacts.source(check_digest(digest))
+    if isinstance(source, Path):
+        return _download(request, controller, who, source, digest, {})
+    if request.method == "HEAD":
+        if not controller.artifacts.has(digest):  # what is remembered does not count: an upload depends on it
+            raise NotFound(f"there is no artifact {digest}")
+        return Response(
+            headers={
+                "Content-Length": str(source.size),
+                "Content-Type": "application/octet-stream",
+                "ETag": f'"{digest}"',
+                "Cache-Control": "no-store",
+            }
+        )
+    return Redirect(source, who, request.app.state.downloads)
 
 
 @router.get("/artifacts/{digest}/delta")

@@ -176,7 +176,7 @@ class ControllerClient:
 
     def artifact(self, digest: str) -> Iterator[bytes]:
         """An artifact's bytes, piece by piece and not checked."""
-        with self._http.stream(f"/artifacts/{digest}") as response:
+        with self._http.stream(f"/artifacts/{digest}", elsewhere=True) as response:
             yield from response.iter_bytes(_CHUNK)
 
     def upload_artifact(self, path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from edgeward.client import redirect
 from edgeward.errors import (
     Conflict,
     EdgewardError,
@@ -19,6 +20,7 @@ from edgeward.errors import (
     InvalidDocument,
     NotFound,
     Unavailable,
+    UsageError,
 )
 from edgeward.trust.tls import PeerTime, client_context
 
@@ -65,8 +67,12 @@ class Transport:
         ca_file: Path | None = None,
         credential_source: str = "",
         peer_time: PeerTime | None = None,
+        context: ssl.SSLContext | None = None,
+        certificate: Path | None = None,
     ) -> None:
-        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong."""
+        """`ca_file` holds the only CAs to trust; `peer_time` is for a machine whose clock may be wrong;
+        `certificate` holds the client's own, with its key, in PEM. `context` decides about TLS instead of all.
+        """
         if not _is_address(base_url):
             raise InvalidDocument(
                 f"{base_url!r} is not the address of a controller", hint="expected http(s)://host[:port]"
@@ -74,8 +80,11 @@ class Transport:
         self.base_url = base_url.rstrip("/")
         self._credential = credential
         self._credential_source = credential_source
-        self._timeout = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-        self._verify = _context(self.base_url, ca_file, peer_time)
+        self._timeout = _timeout(timeout)
+        self._peer_time = peer_time
+        self._verify = context or _context(self.base_url, ca_file, peer_time)
+        if certificate is not None:
+            _present(self._verify, certificate)
         self._client = self._new_client()
 
     def _new_client(self, **more: Any) -> httpx.Client:
@@ -91,16 +100,6 @@ class Transport:
         if self._credential is not None and not anonymous:
             headers["Authorization"] = f"Bearer {self._credential()}"
         return headers
-
-    @contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except httpx.HTTPError as error:
-            raise Unavailable(
-                f"cannot reach {self.base_url}{path}: {str(error) or type(error).__name__}",
-                hint="is it running, and is the address right?",
-            ) from None
 
     def request(
         self,
@@ -118,7 +117,7 @@ class Transport:
 
         Raises the EdgewardError that the answer's status stands for, Unavailable when there is none.
         """
-        with self._translated(path):
+        with _translated(f"{self.base_url}{path}"):
             response = self._client.request(
                 method,
                 path,
@@ -145,35 +144,125 @@ class Transport:
         self,
         path: str,
         *,
+        method: str = "GET",
+        content: bytes | None = None,
         headers: dict[str, str] | None = None,
         connected: Callable[[socket.socket], None] = lambda connection: None,
+        elsewhere: bool = False,
     ) -> Iterator[httpx.Response]:
-        """A GET whose body is read piece by piece by the caller, on a connection of its own.
+        """A request whose answer is read piece by piece by the caller, on a connection of its own.
 
-        `connected` is given the connection as soon as there is one: a time-out is for one read each, so
-        who wants to bound the whole must be able to end it.
+        `connected` is given each connection as soon as there is one: a time-out is for one read each, so
+        who wants to bound the whole must be able to end it. With `elsewhere` the answer may be at another
+        server, to which the controller points by one redirect (see `edgeward.client.redirect`): that one
+        never sees the credential, and may no longer like the address, which is then asked for once more.
         """
+        for last in (False, True):
+            with self._ask(method, path, content, headers, connected) as response:
+                if not elsewhere or response.status_code not in redirect.STATUS:
+                    yield response
+                    return
+                target = redirect.target(self.base_url, response.headers.get("location"))
+            context = self._elsewhere_context(target)
+            with signed_get(target, headers=headers, connected=connected, context=context) as response:
+                if response.status_code in redirect.STALE and not last:
+                    continue
+                _check_elsewhere(response, target)
+                yield response
+                return
 
-        def trace(event: str, info: dict[str, Any]) -> None:
-            if event == "connection.connect_tcp.complete":
-                connected(info["return_value"].get_extra_info("socket"))
-
+    @contextmanager
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: dict[str, str] | None,
+        connected: Callable[[socket.socket], None],
+    ) -> Iterator[httpx.Response]:
         with (
-            self._translated(path),
+            _translated(f"{self.base_url}{path}"),
             self._new_client(limits=httpx.Limits(max_keepalive_connections=0)) as client,
             client.stream(
-                "GET", path, headers=self._headers(headers), extensions={"trace": trace}
+                method, path, content=content, headers=self._headers(headers), extensions=_tracing(connected)
             ) as response,
         ):
             if response.status_code >= 400:
-                kept = {
-                    name: response.headers[name]
-                    for name in ("retry-after", "date")
-                    if name in response.headers
-                }
-                told = httpx.Response(response.status_code, headers=kept, content=_beginning(response))
-                raise self._error(told, path)
+                raise self._error(_told(response), path)
             yield response
+
+    def _elsewhere_context(self, url: str) -> ssl.SSLContext:
+        # Not by `ca_file`: that one speaks for the controller alone.
+        return _system_context(url, self._peer_time)
+
+
+@contextmanager
+def signed_get(
+    url: str,
+    *,
+    headers: dict[str, str] | None = None,
+    connected: Callable[[socket.socket], None] = lambda connection: None,
+    context: ssl.SSLContext | None = None,
+) -> Iterator[httpx.Response]:
+    """GET a pre-signed address, without credential, cookies or any more redirects.
+
+    Of `headers` only those go along that say which part is wanted. `context` trusts the system's CAs by
+    default. The answer may be an error: the caller looks. Raises Unavailable without one.
+    """
+    with (
+        _translated(redirect.shown(url)),
+        httpx.Client(
+            timeout=_timeout(15.0),
+            verify=context or _system_context(url, None),
+            trust_env=False,
+            follow_redirects=False,
+        ) as client,
+        client.stream(
+            "GET", url, headers=redirect.forwarded(headers or {}), extensions=_tracing(connected)
+        ) as response,
+    ):
+        yield response
+
+
+def _check_elsewhere(response: httpx.Response, url: str) -> None:
+    """Raises Unavailable for every answer but the bytes: the controller's word was that they are there."""
+    if response.status_code in (200, 206):
+        return
+    what = "points elsewhere once more" if response.is_redirect else f"answered {response.status_code}"
+    raise Unavailable(
+        f"{redirect.shown(url)} {what}",
+        hint="the controller sent here: is its artifact store as it should be?",
+        retry_after=retry_after(response.headers.get("retry-after"), response.headers.get("date")),
+    )
+
+
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(
+            f"cannot reach {where}: {redirect.without_queries(str(error)) or type(error).__name__}",
+            hint="is it running, and is the address right?",
+        ) from None
+
+
+def _tracing(connected: Callable[[socket.socket], None]) -> dict[str, Any]:
+    def trace(event: str, info: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            connected(info["return_value"].get_extra_info("socket"))
+
+    return {"trace": trace}
+
+
+def _told(response: httpx.Response) -> httpx.Response:
+    """An error's answer with as much of its body as counts."""
+    kept = {name: response.headers[name] for name in ("retry-after", "date") if name in response.headers}
+    return httpx.Response(response.status_code, headers=kept, content=_beginning(response))
+
+
+def _timeout(seconds: float) -> httpx.Timeout:
+    return httpx.Timeout(seconds, connect=min(seconds, 10.0))
 
 
 def retry_after(value: str | None, date: str | None) -> float | None:
@@ -209,6 +298,26 @@ def _context(url: str, ca_file: Path | None, peer_time: PeerTime | None) -> ssl.
     if peer_time is not None:
         return client_context(peer_time, ca_file=ca_file, roots=usual.get_ca_certs(binary_form=True))
     return ssl.create_default_context(cafile=str(ca_file)) if ca_file else usual
+
+
+def _system_context(url: str, peer_time: PeerTime | None) -> ssl.SSLContext:
+    """Trusts the system's CAs; where the system has none, those that the HTTP library brings."""
+    if url.startswith("http:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    paths = ssl.get_default_verify_paths()
+    roots = None if paths.cafile or paths.capath else _roots()
+    return client_context(peer_time or PeerTime(None, lambda: False), roots=roots)
+
+
+def _roots() -> list[bytes]:
+    return httpx.create_ssl_context(trust_env=False).get_ca_certs(binary_form=True)
+
+
+def _present(context: ssl.SSLContext, certificate: Path) -> None:
+    try:
+        context.load_cert_chain(certificate)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{certificate}: holds no certificate with its key: {error}") from None
 
 
 def _is_address(text: str) -> bool:

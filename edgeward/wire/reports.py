@@ -84,11 +84,37 @@ class VariantMeasure(Struct, frozen=True):
     reason: str = ""
 
 
+class ShadowReport(Struct, frozen=True):
+    """What a candidate (`digest`) did on live inputs without acting, against the model that acted.
+
+    Of the sampled inferences `seen` were answered by both, of which `agreed` gave the same; `failed` were not
+    answered by the candidate, `not_finite` gave NaN or infinity, `skipped` were sampled but not asked since the
+    budget did not allow it. `psi` is the population stability index between both models' scores, `score_mean`
+    and `incumbent_mean` their means. `latency_ms` holds p50 and p95 of the candidate's inferences, measured at
+    the lowest priority. `temperature` in degrees Celsius is None where the device has no sensor.
+    """
+
+    digest: str
+    state: Literal["running", "paused", "passed", "refused", "ended"]
+    reason: str = ""
+    seen: int = 0
+    agreed: int = 0
+    failed: int = 0
+    not_finite: int = 0
+    skipped: int = 0
+    score_mean: float | None = None
+    incumbent_mean: float | None = None
+    psi: float | None = None
+    latency_ms: dict[str, float] = {}
+    memory_bytes: int | None = None
+    temperature: float | None = None
+
+
 class SlotReport(Struct, frozen=True):
     """One slot: the phase of the newest wish for it, and what it really runs meanwhile.
 
     `measured` and `limit` say by how much a check failed or what is waited for. `variants` is what the
-    newest selection was made from.
+    newest selection was made from. `shadow` is the newest shadow run, also after its end.
     """
 
     phase: Phase
@@ -104,6 +130,7 @@ class SlotReport(Struct, frozen=True):
     variant: str = ""
     provider: str = ""
     variants: list[VariantMeasure] = []
+    shadow: ShadowReport | None = None
 
 
 class Condition(Struct, frozen=True, rename="camel"):
@@ -187,11 +214,22 @@ class StreamReport(Struct, frozen=True):
     reason: str = ""
 
 
+class LaneReport(Struct, frozen=True):
+    """Rows of a lane that wait and what they cost in bytes; `lost` counts since the outbox was made."""
+
+    rows: int
+    bytes: int
+    lost: int
+
+
 class OutboxReport(Struct, frozen=True):
+    """`gaps` are the rows of all lanes that were lost, `acked` those up to which all is stored."""
+
     rows: int
     bytes: int
     acked: int
     gaps: int
+    lanes: dict[str, LaneReport] = {}
 
 
 class Report(Struct, frozen=True):

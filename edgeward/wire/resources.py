@@ -17,12 +17,14 @@ from edgeward.errors import InvalidDocument
 from edgeward.fields import explain, name_keys, split_error
 from edgeward.identifiers import check_digest, check_name
 from edgeward.wire import API_VERSION
+from edgeward.wire.lanes import LanePolicy
 from edgeward.wire.providers import check_providers
 from edgeward.wire.schedule import Delivery, Schedule, check_schedule
 from edgeward.wire.slots import SlotPolicy, check_policy
 from edgeward.wire.spec import Fraction, Positive, Seconds, SpecStruct
 from edgeward.wire.stream_checks import check_stream
 from edgeward.wire.streams import StreamSpec
+from edgeward.wire.topics import Lane
 
 
 class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
@@ -78,17 +80,29 @@ class DeviceSpec(SpecStruct, frozen=True):
     revoked: bool = False
 
 
+class ShadowModel(SpecStruct, frozen=True):
+    """A released version that runs beside what a slot runs, without acting, for as long as it stands here."""
+
+    model: str
+    version: Positive
+
+
 class FleetSpec(SpecStruct, frozen=True):
     """The devices whose labels equal every pair of `match_labels`, the streams they run, and how their slots run.
 
     Each device has the labels `site` and `device` besides its own. `maintenance` takes the place of its
-    site's for the slots that this fleet's rollouts fill.
+    site's for the slots that this fleet's rollouts fill. `shadows` are, by slot, versions that run without
+    acting: the slot's policy gives their budget (`shadow`, or its defaults). `outbox` says what each
+    lane may keep on the device while the trend store is away; a lane that is absent has
+    `edgeward/wire/lanes.py`'s default.
     """
 
     match_labels: Annotated[dict[str, str], Meta(min_length=1)]
     streams: list[str] = []
     slots: dict[str, SlotPolicy] = {}
     maintenance: Schedule | None = None
+    shadows: dict[str, ShadowModel] = {}
+    outbox: dict[Lane, LanePolicy] = {}
 
 
 class ModelSpec(SpecStruct, frozen=True):
@@ -285,6 +299,9 @@ def _check(spec: SpecStruct) -> None:
                 check_providers(policy.providers, f"spec.slots.{slot}.providers")
                 check_policy(policy, f"spec.slots.{slot}")
             check_schedule(spec.maintenance, "spec.maintenance")
+            for slot, shadow in spec.shadows.items():
+                check_name(slot, "spec.shadows")
+                check_name(shadow.model, f"spec.shadows.{slot}.model")
         case SiteSpec():
             for index, pattern in enumerate(spec.residency.series):
                 if not pattern:

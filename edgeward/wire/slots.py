@@ -42,7 +42,42 @@ class GuardPolicy(SpecStruct, frozen=True):
     nan_rate: Fraction | None = 0.5
     alarm_rate: Fraction | None = None
     latency_ms: Annotated[float, Meta(gt=0)] | None = None
+    output_drift: Annotated[float, Meta(gt=0)] | None = None
     crash_loop: bool = True
+
+
+class ShadowPolicy(SpecStruct, frozen=True):
+    """How a candidate that has passed its self-test proves itself on live inputs before it may act.
+
+    It sees a random `sample` (share) of what the acting model answers, in a worker of its own with the lowest
+    priority, until `inferences` are compared. Then at least `min_agreement` of them must agree: the same
+    verdict where both packages have a decision, the same label where the models give labels or
+    probabilities, otherwise every number within `tolerance * max(1, |incumbent's|)`. `max_score_shift` bounds the
+    population stability index between both models' scores on these inputs, in tenths of the incumbent's
+    (Siddiqi, Credit Risk Scorecards, 2006: above 0.25 much has changed), `max_error_rate` the share that
+    failed or, with `nan: reject`, gave NaN or infinity, `max_latency_ms` the p95 of one inference. A limit
+    that is absent is not looked at.
+
+    When too few have come by `deadline` seconds, what was seen is judged, and `on_deadline` says what follows
+    if nothing spoke against the candidate.
+
+    The budget: the worker is busy for at most `cpu` of a core (its threads counted); above `memory_bytes`
+    (resident set) the shadow ends and the candidate is refused; above `max_temperature` degrees Celsius it
+    pauses until 5 degrees below. A device without a sensor is not judged by it and says so.
+    """
+
+    inferences: Positive = 200
+    sample: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    deadline: Seconds = 3600.0
+    on_deadline: Literal["refuse", "activate"] = "refuse"
+    min_agreement: Fraction | None = 0.95
+    tolerance: Annotated[float, Meta(ge=0)] = 0.05
+    max_score_shift: Annotated[float, Meta(gt=0)] | None = 0.25
+    max_error_rate: Fraction = 0.0
+    max_latency_ms: Annotated[float, Meta(gt=0)] | None = None
+    memory_bytes: Bytes | None = None
+    max_temperature: float | None = None
+    cpu: Annotated[float, Meta(gt=0, le=1)] = 0.25
 
 
 class SlotPolicy(SpecStruct, frozen=True):
@@ -62,7 +97,7 @@ class SlotPolicy(SpecStruct, frozen=True):
     `max_batch` examples of different requests run as one when the model allows it; a request waits
     `queue_delay_us` for company at most; `queue` requests may wait before more are refused. `nan`
     `reject` refuses requests and results that hold NaN. `guard` says when the model gives way to the one
-    before it.
+    before it. With `shadow` a successor first runs beside it without acting.
     """
 
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -80,3 +115,4 @@ class SlotPolicy(SpecStruct, frozen=True):
     queue: Positive = 256
     nan: Literal["reject", "allow"] = "reject"
     guard: GuardPolicy = GuardPolicy()
+    shadow: ShadowPolicy | None = None

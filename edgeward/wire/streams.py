@@ -216,15 +216,18 @@ class Publish(SpecStruct, frozen=True):
 
     `results`: `all`; `every` n-th (`every`); `changes` (an output moved by more than `tolerance`, or the
     alarm flipped, per key); `uncertain` (the decision's output lies within `margin` of its threshold);
+    `disagreeing` (a candidate that runs without acting was asked too and answered otherwise);
     `none`. Trends go up per `trend_bucket` seconds of event time unless `trends` is off, raw samples only
-    if asked.
+    if asked: `all`, or those of `disagreeing` examples. Of these at most `disagreeing_rate` examples go up per
+    minute; the others are counted.
     """
 
-    results: Literal["all", "every", "changes", "uncertain", "none"] = "all"
+    results: Literal["all", "every", "changes", "uncertain", "disagreeing", "none"] = "all"
     every: Positive = 10
     tolerance: Annotated[float, Meta(ge=0)] = 0.0
     margin: Annotated[float, Meta(ge=0)] = 0.1
-    samples: Literal["all", "none"] = "none"
+    samples: Literal["all", "disagreeing", "none"] = "none"
+    disagreeing_rate: Annotated[float, Meta(gt=0)] = 60.0
     trends: bool = True
     trend_bucket: Seconds = 60.0
 

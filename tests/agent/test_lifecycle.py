@@ -37,7 +37,12 @@ def test_only_what_the_table_holds_can_happen(phase: Phase, event: Event) -> Non
 
 def test_only_a_passed_self_test_or_a_recovery_makes_active() -> None:
     ways = {(phase, event) for (phase, event), after in TABLE.items() if after is Phase.ACTIVE}
-    assert ways == {(Phase.SELF_TEST, Event.PASSED), (Phase.DEGRADED, Event.RECOVERED)}
+    assert ways == {
+        (Phase.SELF_TEST, Event.PASSED),
+        (Phase.SHADOW, Event.PASSED),
+        (Phase.DEGRADED, Event.RECOVERED),
+    }
+    assert {phase for (phase, _), after in TABLE.items() if after is Phase.SHADOW} == {Phase.SELF_TEST}
     assert all(event is Event.WISHED for (phase, event), _ in TABLE.items() if phase is Phase.QUARANTINED), (
         "what was refused comes back by a new wish only"
     )

@@ -123,6 +123,32 @@ def test_a_breach_brings_the_predecessor_back_offline_and_across_restarts(
     assert works(again)
 
 
+def test_scores_that_drift_bring_the_predecessor_back(
+    open_slots: Build, releaser: Any, models: Any, until: Any
+) -> None:
+    slots = open_slots()
+    good = releaser.release(1, ("only", models["fast"]))
+    bad = releaser.release(2, ("only", models["slow"]))
+    wish(slots, good)
+    assert active(slots, good, until).health.scores is None, "nobody asked for it"
+    wish(slots, bad, output_drift=0.25)
+    model = active(slots, bad, until)
+    random = np.random.default_rng(5)
+    model.health.note_scores(random.normal(0, 1, 1500))
+    model.health.note(1_000_000, 1500)
+    until(
+        lambda: (
+            len(model.guard._marks) and model.guard.look(model.health, slots._board.clock.monotonic()) is None
+        )
+    )
+    assert report(slots).running == bad
+    model.health.note_scores(random.normal(2, 1, 1500))
+    model.health.note(1_000_000, 1500)
+    active(slots, good, until)
+    got = until(lambda: (now := report(slots)).phase is Phase.QUARANTINED and now)
+    assert (got.reason, got.limit) == ("GuardOutputDrift", 0.25) and got.measured > 0.25 and works(slots)
+
+
 def test_without_a_predecessor_it_goes_on_degraded_until_it_is_well(
     open_slots: Build, releaser: Any, models: Any, until: Any
 ) -> None:
@@ -235,6 +261,24 @@ def test_a_disk_that_cannot_take_the_verdict_does_not_load_the_predecessor_at_ev
     slots._care._again_at.clear()
     active(slots, good, until)
     assert list(state.quarantined()) == [bad.digest]
+
+
+def test_a_predecessor_that_the_disk_does_not_give_now_is_asked_for_again(
+    open_slots: Build, releaser: Any, models: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = open_slots()
+    good, bad, model = one_after_the_other(slots, releaser, models, until)
+
+    def broken(ref: ModelRef) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(releaser, "reopen_manifest", broken)
+        model.health.failed += 50
+        until(lambda: slots._care._again_at)
+        assert report(slots).running == bad and report(slots).phase is Phase.ROLLING_BACK
+    slots._care._again_at.clear()
+    active(slots, good, until)
 
 
 def test_both_or_neither_of_the_verdict_and_the_record_are_written(tmp_path: Path) -> None:

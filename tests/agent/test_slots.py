@@ -31,7 +31,7 @@ from agent.state import SlotRecord, State
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import RuntimeFault
 from edgeward.wire.desired import ModelRef, SlotTarget
-from edgeward.wire.reports import Condition, Phase, SlotReport, StreamReport, VariantMeasure
+from edgeward.wire.reports import Condition, Phase, ShadowReport, SlotReport, StreamReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -774,6 +774,25 @@ def test_agent_status_shows_what_the_choice_was_made_from(tmp_path: Path) -> Non
     assert "edge  tflite  runtime tflite is not installed" in said
     plain = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output
     assert json.loads(plain)["slots"]["default"]["variants"][0]["p95_ms"] == 2.5
+
+
+def test_agent_status_shows_what_runs_without_acting(tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    state = State(tmp_path / "state.db")
+    state.set_slot("default", SlotRecord(ModelRef("m", 1, "1" * 64)))
+    shadow = ShadowReport(
+        "2" * 64, "paused", "TooHot: 90 degrees, the limit is 80", seen=10, agreed=9, failed=1, psi=0.125,
+        latency_ms={"p50": 1.0, "p95": 2.5}, memory_bytes=64 << 20,
+    )  # fmt: skip
+    state.set_shadow_reports({"default": shadow})
+    assert state.shadow_reports() == {"default": shadow}
+    state.close()
+    said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)], env={"COLUMNS": "200"}).output
+    wanted = "shadow 222222222222 paused  9 of 10 agreed  1 failed  PSI 0.125  p95 2.5 ms  64 MiB  TooHot: 90"
+    assert wanted in " ".join(said.split("\n"))
+    plain = json.loads(CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output)
+    assert plain["shadows"]["default"]["seen"] == 10
 
 
 def test_agent_status_shows_the_streams_as_last_reported(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
 from controller.api.app import build
+from controller.artifacts.s3_settings import S3Settings
 from controller.downloads import Downloads, Limits
 from controller.identity import RENEWAL_GRACE
 from controller.service import Controller, Settings
@@ -255,12 +256,18 @@ def running(
     downloads: Limits | None = None,
     clock: Clock | None = None,
     renewal_grace: float = RENEWAL_GRACE,
+    s3: S3Settings | None = None,
     **options: Any,
 ) -> Iterator[Plant]:
     """`options` go to uvicorn; with a certificate it serves TLS, which `plant.client` does not speak then."""
     address = broker.url if broker else f"mqtt://127.0.0.1:{free_port()}"
     settings = Settings(
-        folder / "data", address, database, downloads=downloads or Limits(), renewal_grace=renewal_grace
+        folder / "data",
+        address,
+        database,
+        downloads=downloads or Limits(),
+        renewal_grace=renewal_grace,
+        s3=s3,
     )
     controller = Controller(settings, clock or SystemClock())
     port = free_port()

@@ -337,9 +337,9 @@ def test_artifacts_are_what_their_name_says(plant: Any, tmp_path: Path) -> None:
 
 
 def test_an_upload_above_the_limit_is_cut_off(tmp_path: Path) -> None:
-    from controller.registry import Artifacts
+    from controller.artifacts import FolderArtifacts
 
-    artifacts = Artifacts(tmp_path / "a", limit=10)
+    artifacts = FolderArtifacts(tmp_path / "a", limit=10)
     upload = artifacts.receive("0" * 64)
     with pytest.raises(InvalidDocument, match="larger than 10"):
         upload.write(bytes(11))

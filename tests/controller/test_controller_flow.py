@@ -11,9 +11,10 @@ from rich.console import Console
 
 from controller.devices import slots_of
 from edgeward.cli.resources import table
+from edgeward.errors import EdgewardError
 from edgeward.trust import dsse
 from edgeward.wire.desired import PAYLOAD_TYPE, DesiredState
-from edgeward.wire.reports import Hold, Phase, SlotReport, VariantMeasure
+from edgeward.wire.reports import Hold, Phase, ShadowReport, SlotReport, VariantMeasure
 from edgeward.wire.schedule import ActivationTerms, Delivery, Schedule
 from edgeward.wire.slots import SlotPolicy
 
@@ -98,6 +99,39 @@ def test_the_policy_of_the_fleet_that_brought_a_model_travels_with_it(
     plant.client.apply([make("Fleet", "line", **line, slots={"unused": {"threads": 4}})])
     back = opened(device, changed.generation)
     assert back is not None and back.slots["default"].policy == SlotPolicy()
+
+
+def test_a_fleet_names_what_runs_beside_without_acting(
+    plant: Any, until: Any, make: Any, rollout: Any
+) -> None:
+    plant.begin()
+    device = plant.enroll("d1")
+    v1, v2 = plant.publish(1), plant.publish(2)
+    line = {"matchLabels": {"site": "north"}, "streams": ["s1"]}
+    beside = {"default": {"model": v2.model, "version": 2}, "unused": {"model": v2.model, "version": 2}}
+    plant.client.apply([make("Fleet", "line", **line, shadows=beside), rollout("r1", 1)])
+    first = until(lambda: (got := opened(device, wait=0)) and got.slots and got)
+    assert (first.slots["default"].active, first.slots["default"].shadow) == (v1, v2)
+    assert set(first.slots) == {"default"}, "beside nothing, nothing can run"
+    same = {"default": {"model": v1.model, "version": 1}}
+    plant.client.apply([make("Fleet", "line", **line, shadows=same)])
+    after = opened(device, first.generation)
+    assert after is not None and after.slots["default"].shadow is None
+    with pytest.raises(EdgewardError, match=r"there is no ModelVersion"):
+        plant.client.apply(
+            [make("Fleet", "line", **line, shadows={"default": {"model": "m", "version": 99}})]
+        )
+
+
+def test_a_shadow_s_figures_are_in_the_status(plant: Any) -> None:
+    plant.begin()
+    device, model = plant.enroll("d1"), plant.publish(1)
+    shadow = ShadowReport("2" * 64, "running", seen=10, agreed=9, psi=0.1, latency_ms={"p95": 2.0})
+    report = SlotReport(Phase.SHADOW, target=model, running=model, shadow=shadow)
+    device.http.send(*device.reported(1, {"default": report}))
+    status = plant.device("d1")["status"]
+    assert status["slots"]["default"]["shadow"]["agreed"] == 9
+    assert slots_of(status)["default"].shadow == shadow and status["state"] != "Error"
 
 
 def test_what_a_device_measured_of_each_variant_is_in_its_status(plant: Any) -> None:

@@ -16,8 +16,8 @@ from agent.fetch import BlobStore
 from agent.state import State
 from agent.trusted_clock import TrustedClock
 from agent.verify import Verifier
+from controller.artifacts import FolderArtifacts
 from controller.deltas import QUEUE, Deltas, Kept
-from controller.registry import Artifacts
 from edgeward import delta as codecs
 from edgeward.client.transport import Transport
 from edgeward.errors import NotFound
@@ -153,7 +153,7 @@ class Gate:
 
 @contextmanager
 def deltas(folder: Path, **options: Any) -> Iterator[Deltas]:
-    made = Deltas(folder / "deltas", Artifacts(folder / "artifacts"), **options)
+    made = Deltas(folder / "deltas", FolderArtifacts(folder / "artifacts"), **options)
     try:
         yield made
     finally:
@@ -199,7 +199,7 @@ def test_while_one_is_made_a_device_is_told_to_come_again(plant: Any, until: Any
 
 
 def test_each_is_made_once_and_outlives_a_restart(tmp_path: Path, until: Any) -> None:
-    artifacts = Artifacts(tmp_path / "artifacts")
+    artifacts = FolderArtifacts(tmp_path / "artifacts")
     first, second = artifacts.add(version(1)), artifacts.add(version(2))
     other = artifacts.add(random.Random(9).randbytes(40_000))
     calls = []
@@ -224,7 +224,7 @@ def test_each_is_made_once_and_outlives_a_restart(tmp_path: Path, until: Any) ->
 
 
 def test_the_cache_is_bounded_and_the_longest_unused_goes(tmp_path: Path, until: Any) -> None:
-    artifacts = Artifacts(tmp_path / "artifacts")
+    artifacts = FolderArtifacts(tmp_path / "artifacts")
     digests = [artifacts.add(version(number)) for number in range(6)]
     folder = tmp_path / "deltas"
 
@@ -250,7 +250,7 @@ def test_the_cache_is_bounded_and_the_longest_unused_goes(tmp_path: Path, until:
 
 
 def test_large_artifacts_are_left_out(tmp_path: Path, until: Any) -> None:
-    artifacts = Artifacts(tmp_path / "artifacts")
+    artifacts = FolderArtifacts(tmp_path / "artifacts")
     small, large = artifacts.add(version(1)), artifacts.add(version(1) + b"x")
     for digest, base in [(small, large), (large, small)]:
         with deltas(tmp_path, artifact_bytes=40_000) as made, pytest.raises(NotFound):
@@ -260,7 +260,7 @@ def test_large_artifacts_are_left_out(tmp_path: Path, until: Any) -> None:
 
 
 def test_what_waits_is_bounded_and_stopping_does_not_wait_for_it(tmp_path: Path, until: Any) -> None:
-    artifacts = Artifacts(tmp_path / "artifacts")
+    artifacts = FolderArtifacts(tmp_path / "artifacts")
     digests = [artifacts.add(version(number, 2000) + bytes([number])) for number in range(QUEUE + 10)]
     gate = Gate()
     with deltas(tmp_path, make=gate.make) as made:
@@ -274,7 +274,7 @@ def test_what_waits_is_bounded_and_stopping_does_not_wait_for_it(tmp_path: Path,
 
 
 def test_a_failure_costs_one_delta_not_the_thread(tmp_path: Path, until: Any) -> None:
-    artifacts = Artifacts(tmp_path / "artifacts")
+    artifacts = FolderArtifacts(tmp_path / "artifacts")
     first, second, third = (artifacts.add(version(number)) for number in (1, 2, 3))
 
     def failing(base: bytes, new: bytes, **more: Any) -> codecs.Delta | None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.api.ranges import Part, Unsatisfiable, part_of
-from controller.downloads import RETRY_MAX, Busy, Downloads, Limits, Pace, retry_after
+from controller.downloads import RETRY_MAX, Busy, Downloads, Limits, Pace, reserved_seconds, retry_after
 from edgeward.clock import ManualClock
 
 ETAG = '"abc"'
@@ -140,3 +140,59 @@ def test_what_the_buffers_swallow_at_first_counts_for_one_window_only() -> None:
     pace = Pace(Limits(minimum_rate=512, window=30), 0.0)
     assert pace.problem(30.0, 4 << 20) == ""
     assert "B/s" in pace.problem(60.0, (4 << 20) + 30)
+
+
+# downloads that run elsewhere
+
+
+def elsewhere(**limits: float) -> tuple[Downloads, ManualClock]:
+    clock = ManualClock()
+    return Downloads(Limits(**limits), clock, draw=lambda: 0.5), clock  # type: ignore[arg-type]
+
+
+def test_a_download_elsewhere_counts_for_as_long_as_its_size_takes() -> None:
+    limits = Limits(reserved_rate=1e6, reserved_least=1.0, reserved_most=60.0)
+    assert [reserved_seconds(limits, size) for size in (0, 10**5, 10**7, 10**10)] == [1.0, 1.0, 10.0, 60.0]
+    slots, clock = elsewhere(downloads=2, reserved_rate=1e6)
+    slots.reserve("a", 10**7)
+    slots.reserve("b", 2 * 10**7)
+    with pytest.raises(Busy) as busy:
+        slots.reserve("c", 10)
+    assert busy.value.retry_after is not None and busy.value.retry_after >= 1
+    clock.advance(10.0)
+    slots.reserve("c", 10)
+    assert slots.open == 2
+    clock.advance(20.0)
+    with slots.slot("d"):
+        assert slots.open == 1, "all of them have ended"
+
+
+def test_who_asks_again_gives_up_the_oldest_of_its_own_and_nobody_elses() -> None:
+    slots, _ = elsewhere(downloads=4, per_holder=2)
+    for _ in range(10):  # a device whose connection breaks again and again
+        slots.reserve("a", 10**9)
+        assert slots.open <= 2
+    slots.reserve("b", 10**9)
+    with slots.slot("a"):  # a delta, from the controller itself
+        assert slots.open == 3
+        with slots.slot("a"), pytest.raises(Busy, match="a has 2 downloads"):
+            slots.reserve("a", 1)
+    assert slots.open == 1, "b's"
+    for holder in ("c", "d", "e"):
+        slots.reserve(holder, 10**9)
+    with pytest.raises(Busy, match="4 downloads are running"):
+        slots.reserve("f", 1)
+    slots.reserve("b", 1)
+
+
+def test_at_most_so_many_begin_in_a_second_however_small_they_are() -> None:
+    slots, clock = elsewhere(downloads=8)
+    begun = 0
+    for number in range(1000):  # within 10 s
+        try:
+            slots.reserve(f"device {number}", 100)
+            begun += 1
+        except Busy:
+            pass
+        clock.advance(0.01)
+    assert begun <= 8 * 10

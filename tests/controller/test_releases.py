@@ -12,7 +12,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, TargetFile
 from tuf.ngclient import FetcherInterface, Updater
 
-from controller.registry import Artifacts
+from controller.artifacts import FolderArtifacts
 from controller.releases import SNAPSHOT_LIFETIME, TIMESTAMP_LIFETIME, Releases
 from edgeward.clock import ManualClock
 from edgeward.errors import Conflict, EdgewardError, Forbidden, InvalidDocument
@@ -146,7 +146,7 @@ def test_timestamp_and_snapshot_are_signed_again_in_time(tmp_path: Path) -> None
 
     clock = ManualClock(datetime.now(UTC).timestamp())
     (tmp_path / "keys").mkdir()
-    releases = Releases(tmp_path / "tuf", tmp_path / "keys", Artifacts(tmp_path / "a"), clock)
+    releases = Releases(tmp_path / "tuf", tmp_path / "keys", FolderArtifacts(tmp_path / "a"), clock)
     assert not releases.refresh()
     from securesystemslib.signer import SSlibKey
     from tuf.api.metadata import Root, Targets

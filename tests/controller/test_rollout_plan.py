@@ -145,6 +145,12 @@ def test_the_canary_stops_the_rollout_with_the_device_s_reason() -> None:
     assert fleet.touched == {"d00"} and fleet.seen["d00"].assigned == V1
 
 
+def test_a_device_that_tries_the_target_without_acting_is_on_its_way() -> None:
+    shadow = SlotReport(Phase.SHADOW, "Shadowing", target=V2, running=V1)
+    assert verdict(Seen(slot=shadow), V2) is Verdict.WAITING
+    assert verdict(Seen(slot=msgspec.structs.replace(shadow, phase=Phase.QUARANTINED)), V2) is Verdict.FAILED
+
+
 def test_a_refusal_known_beforehand_touches_nobody() -> None:
     fleet = Fleet(3)
     fleet.seen["d02"] = replace(fleet.seen["d02"], quarantined=frozenset({V2.digest}))

@@ -7,7 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
+
+from edgeward.cli.main import build
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -113,6 +116,32 @@ def test_the_agent_knows_its_node_and_keeps_its_state():
     assert volumes["enrollment"]["secret"]["secretName"] == "edgeward-enrollment"
     # The token is for enrolment only: the long-running container never sees it.
     assert "enrollment" not in {mount["name"] for mount in agent["volumeMounts"]}
+
+
+def test_agents_find_each_other_by_a_name_that_has_all_their_addresses():
+    service, daemonset = one("base", "Service"), one("base", "DaemonSet")
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert service["spec"]["selector"].items() <= daemonset["spec"]["template"]["metadata"]["labels"].items()
+    (agent,) = daemonset["spec"]["template"]["spec"]["containers"]
+    (port,) = service["spec"]["ports"]
+    (opened,) = agent["ports"]
+    assert opened["name"] == port["targetPort"]
+    name = service["metadata"]["name"]
+    assert f"--peers-dns={name}:{port['port']}" in agent["args"]
+    assert f"--peers-listen=0.0.0.0:{opened['containerPort']}" in agent["args"]
+    # There is one number: the name gives addresses only, so the pods' own port is what is asked.
+    assert port["port"] == opened["containerPort"]
+
+
+@pytest.mark.parametrize("folder", ["base"])
+def test_the_agents_arguments_are_ones_it_has(folder):
+    (agent,) = one(folder, "DaemonSet")["spec"]["template"]["spec"]["containers"]
+    command = typer.main.get_command(build())
+    for word in [item for item in agent["args"] if not item.startswith("-")]:
+        command = command.commands[word]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {item.partition("=")[0] for item in agent["args"] if item.startswith("-")} <= known
 
 
 @pytest.mark.parametrize(("image", "folder"), [("agent", "agent"), ("controller", "controller")])

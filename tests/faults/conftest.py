@@ -8,10 +8,12 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgeward.client.transport import Transport
+from tests.agent.conftest import Watched, wait_until
 
 #: Answers one request: gets the connection, and where the Range begins (0 without one).
 Answer = Callable[[socket.socket, int], None]
@@ -105,3 +107,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def engine() -> Iterator[Watched]:
+    made = Watched()
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    return wait_until

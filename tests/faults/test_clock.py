@@ -26,7 +26,7 @@ from agent.desired import check
 from agent.release_metadata import MetadataExpired, refresh
 from agent.state import State
 from agent.trusted_clock import ASK_EVERY, KEEP_EVERY, LATEST, TrustedClock, lower
-from controller.registry import Artifacts
+from controller.artifacts import FolderArtifacts
 from controller.releases import SNAPSHOT_LIFETIME, TIMESTAMP_LIFETIME, Releases
 from edgeward.clock import ManualClock
 from edgeward.errors import TrustError, Unavailable
@@ -51,7 +51,9 @@ class Server(FetcherInterface):
     def __init__(self, folder: Path, *, targets_life: float = 8 * YEAR) -> None:
         self.clock = ManualClock()
         self.folder = folder / "served"
-        self.releases = Releases(self.folder, folder / "keys", Artifacts(folder / "artifacts"), self.clock)
+        self.releases = Releases(
+            self.folder, folder / "keys", FolderArtifacts(folder / "artifacts"), self.clock
+        )
         self.root_signer, self.targets_signer = (CryptoSigner(keys.generate_key()) for _ in range(2))
         root = Root(version=1, expires=at(self.clock.now() + 20 * YEAR))
         root.add_key(self.root_signer.public_key, "root")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
+import pytest
+
+from agent.state import State
 from agent.streams.execute import Executor
 from edgeward.clock import SystemClock
 from edgeward.wire.streams import Action
@@ -25,3 +29,20 @@ def test_a_line_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path) ->
     assert [json.loads(line)["n"] for line in lines] == [1, 3]
     figures = executor.take()
     assert (figures["run"], figures["failed"]) == ({"log": 2}, {"log": 1})
+
+
+@pytest.mark.parametrize("size", [10_000, 4_000_000], ids=["at its commit", "in the middle"])
+def test_a_transaction_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path, size: int) -> None:
+    state = State(small_disk / "state.db")
+    state.accept_desired(1, b"one")
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(sqlite3.OperationalError, match=r"full|disk I/O"):
+        state.accept_desired(2, b"x" * size)
+    assert (state.generation(), state.desired()) == (1, b"one")
+    filler.unlink()
+    state.accept_desired(2, b"two")
+    assert (state.generation(), state.desired()) == (2, b"two")
+    state.close()

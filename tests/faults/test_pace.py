@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent import delta
-from agent.fetch import BlobStore, Limits
+from agent.fetch import BlobStore, Limits, Origin
 from agent.pace import LOOK_SECONDS, Pace, Paused
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import Unavailable
@@ -42,8 +42,8 @@ class Seen(Pace):
         self.clock = clock
         self.passed: list[tuple[float, int]] = []
 
-    def take(self, count: int) -> None:
-        super().take(count)
+    def take(self, count: int, *, capped: bool = True) -> None:
+        super().take(count, capped=capped)
         self.passed.append((self.clock.monotonic(), count))
 
     def most_beyond(self, rate: float) -> float:
@@ -75,6 +75,21 @@ def test_without_a_cap_nothing_waits(tmp_path: Path, serve: Serve) -> None:
     _, transport = serve(whole)
     BlobStore(tmp_path / "blobs", reserve=0, pace=pace).fetch(transport, DIGEST, SIZE, clock)
     assert clock.monotonic() == 0.0
+
+
+def test_the_sites_own_network_has_no_cap_and_no_window(tmp_path: Path, serve: Serve) -> None:
+    clock = ManualClock()
+    pace = Seen(clock)
+    pace.allow(Delivery(rate=RATE), lambda: Paused(WaitReason.BANDWIDTH_WINDOW, "closed", None))
+    looked: list[int] = []
+    pace.meanwhile = lambda: looked.append(1)
+    _, transport = serve(whole)
+    blobs = BlobStore(tmp_path / "blobs", reserve=0, pace=pace)
+    with pytest.raises(Paused):
+        blobs.fetch(transport, DIGEST, SIZE, clock)
+    origin = Origin("/artifacts", ".peer", local=True)
+    assert blobs.fetch(transport, DIGEST, SIZE, clock, origin).read_bytes() == CONTENT
+    assert clock.monotonic() == 0.0 and looked, "the guard still runs between its chunks"
 
 
 def test_two_transfers_share_one_cap(tmp_path: Path, serve: Serve) -> None:

@@ -17,12 +17,22 @@ from hypothesis import strategies as st
 from edgeward.wire.rows import TrendRow, decode_rows, encode_rows, join_rows
 from trends.columns import to_arrow
 from trends.journal import Journal, Stored
-from trends.quantiles import MAX_BYTES, quantiles, read_sketch
+from trends.quantiles import MAX_BYTES, read_sketch
+from trends.queries.pools import Pool
 from trends.query import Queries
 from trends.schemas import SCHEMAS
 from trends.tables import Tables
 
 START = 1_700_000_000 * 1_000_000 // 3_600_000_000 * 3_600_000_000
+
+
+def quantiles(parts: list[tuple[int, bytes | None]], at: tuple[float, ...]) -> list[float] | None:
+    """None where they are not known."""
+    pool = Pool()
+    for count, data in parts:
+        pool.add(count, data)
+    found = [value for value in pool.quantiles(at) if value is not None]
+    return found if len(found) == len(at) else None
 
 
 def sketch(values: np.ndarray) -> bytes:

@@ -99,6 +99,16 @@ def test_rows_move_to_the_tables_and_are_counted_once(journal: Journal, tmp_path
     assert (lane.stored, lane.missing, lane.twice) == (40, 0, 0)
 
 
+def test_everything_is_everything(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trends.journal.MAX_ENTRIES", 4)
+    for first in range(10):
+        with journal.transaction():
+            journal.append(NAME, "e", "result", NOW, first, 1, rows(first, 1))
+    assert len(journal.waiting("result", 100)) == 4
+    assert [entry.first_seq for entry in journal.everything("result")] == list(range(10))
+    assert journal.everything("alarm") == []
+
+
 @pytest.mark.postgres
 def test_ingesters_that_share_a_journal_store_every_number_once(postgres_url: str, tmp_path: Path) -> None:
     """Each batch is offered three times, in an order of its own, to ingesters that run at once."""

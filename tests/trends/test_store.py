@@ -29,6 +29,7 @@ from edgeward.wire import topics
 from edgeward.wire.envelope import open_envelope, seal
 from edgeward.wire.reports import Status
 from edgeward.wire.rows import Ack, Batch, Gap, Lost, ResultRow, TrendRow, encode_rows
+from simulators.processes import wait_until
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.query import Queries
@@ -445,3 +446,40 @@ def test_batches_over_the_quota_are_put_off_and_lose_nothing(bench: Bench) -> No
     assert bench.ingest.counts["over quota"] == 1 and not bench.journal.quarantined()
     bench.clock.advance(1)
     assert bench.deliver(TOPIC, bench.batch(10, 10)) == Ack("e", 19)
+
+
+def test_messages_of_several_devices_are_acknowledged_in_the_order_of_their_coming(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The embedded broker ends a connection that acknowledges in another."""
+    caplog.set_level("INFO", logger="edgeward.mqtt")
+    clock = SystemClock()
+    fleet = Fleet(clock.now())
+    names = [DeviceName("north", name) for name in ("z", "m", "a")]
+    devices = {name: fleet.member(DeviceIdentity(name)) for name in names}
+    store = fleet.member(StoreIdentity("plant", frozenset({"north"})))
+    journal = Journal(tmp_path / "journal.db")
+    ingest = Ingest(journal, fleet.anchor, frozenset({"north"}), clock)
+    now = int(clock.now() * 1e6)
+    with EmbeddedBroker(tmp_path / "broker") as broker:
+        ingester = Ingester(ingest, journal, Broker(broker.url), store, "plant")
+        link = Link(Broker(broker.url), "devices", max_reconnect_delay=1)
+        link.start()
+        ingester.start()
+        wait_until(lambda: link.connected and ingester.connected, what="the broker", timeout=60)
+        with journal.transaction():  # holds the ingester up, so that one group gets them all
+            for name, identity in devices.items():
+                status = topics.status(name)
+                birth = Status(1, 0, clock.now(), "online")
+                link.publish(status, seal(birth, status, identity, with_certificate=True), retain=True)
+            for seq in range(60):
+                name = names[seq % 3]
+                topic = topics.up(name, "result")
+                rows = encode_rows([ResultRow(now, "s", 1, "", "se", seq, "d", "v", "p", {}, False)])
+                link.publish(topic, seal(Batch("e", seq // 3, 1, 0, rows), topic, devices[name]))
+        wait_until(lambda: journal.count() == 60, what="every row", timeout=60)
+        assert not [record for record in caplog.records if "disconnected" in record.getMessage()]
+        assert ingester.connected
+        link.stop()
+        ingester.stop()
+    journal.close()

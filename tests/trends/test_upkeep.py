@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edgeward.errors import EdgewardError, UsageError
 from edgeward.identifiers import DeviceName
 from edgeward.wire.rows import ResultRow, encode_rows
+from tests.trends.conftest import Plant
 from trends.journal import Journal
 from trends.local_files import ASIDE
 from trends.query import Queries
@@ -248,3 +249,40 @@ def test_upkeep_that_is_cut_off_at_any_commit_loses_nothing(
     assert bench.stored() == list(range(40))
     Upkeep(bench.tables, Retention(), Limits(files=2)).run(NOW)
     assert bench.stored() == list(range(40)) and len(bench.files()) == 1
+
+
+def test_a_day_that_is_over_is_sorted_as_a_whole_and_today_is_not(plant: Plant) -> None:
+    minutes = [5, 1, 3, 0, 4, 2]
+    for minute in minutes:
+        plant.put(plant.trend(minute, [1.0], digest=plant.new), plant.trend(minute, [2.0], digest=plant.old))
+    upkeep = Upkeep(plant.tables, Retention(), Limits(files=100), scratch=plant.folder)
+    today = plant.start / 1e6
+
+    def lying() -> list[tuple[str, int]]:
+        opened, _ = plant.tables.snapshot("trends")
+        assert opened is not None
+        rows = opened.to_pyarrow_table().select(["digest", "bucket", "seq", "date", "sketch"]).to_pylist()
+        assert {row["date"] for row in rows} == {"2026-03-02"} and all(row["sketch"] for row in rows)
+        assert sorted(row["seq"] for row in rows) == list(range(12))
+        return [(row["digest"], int(row["bucket"].timestamp())) for row in rows]
+
+    upkeep.run(today)
+    assert lying() != sorted(lying()) and len(files_of(plant)) == 6
+    upkeep.run(today + DAY)
+    assert lying() == sorted(lying()) and len(files_of(plant)) == 1
+    plant.put(plant.trend(7, [1.0]))
+    plant.put(plant.trend(8, [1.0]))
+    upkeep.run(today + DAY + 3600)
+    assert len(files_of(plant)) == 3, "late rows do not make it sort again at once"
+    upkeep.run(today + 3 * DAY)
+    assert len(files_of(plant)) == 1
+    plant.tables.repair()
+    plant.put(plant.trend(9, [1.0]))
+    assert plant.journal.count() == 0
+    assert list(plant.folder.glob("edgeward-sort-*")) == []
+
+
+def files_of(plant: Plant) -> list[DataFile]:
+    opened, _ = plant.tables.snapshot("trends")
+    assert opened is not None
+    return data_files(opened)

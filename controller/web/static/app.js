@@ -82,6 +82,13 @@ function stateOf(status) {
   return view;
 }
 
+function shadowLine({ shadow }) {
+  if (!shadow) return "";
+  const psi = Number.isFinite(shadow.psi) ? `, PSI ${shadow.psi.toFixed(3)}` : "";
+  const why = shadow.reason ? `: ${shadow.reason}` : "";
+  return `shadow ${short(shadow.digest)} ${shadow.state}, ${shadow.agreed} of ${shadow.seen} agreed${psi}${why}`;
+}
+
 function deviceRow(device) {
   const { metadata, spec, status = {} } = device;
   const row = document.createElement("tr");
@@ -94,7 +101,7 @@ function deviceRow(device) {
     cell(spec.site),
     cell(pill(spec.revoked ? "Revoked" : status.connection || "Unseen")),
     cell(stateOf(status), { title: problem.map((slot) => `${slot.reason}: ${slot.message}`).join("\n") }),
-    cell(models.join(", ") || "—"),
+    cell(models.join(", ") || "—", { title: Object.values(status.slots || {}).map(shadowLine).filter(Boolean).join("\n") }),
     cell(code(slots.map(([, slot]) => short(slot.running.digest)).join(", "))),
     cell(psi === null ? "—" : psi.toFixed(3), { className: `number ${psi > 0.25 ? "bad" : ""}` }),
     cell(age(status.lastSeen)),

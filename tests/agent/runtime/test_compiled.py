@@ -43,6 +43,13 @@ def test_file_is_read_back_only_as_it_was_kept(tmp_path: Path) -> None:
     assert form.read() == b"again"
 
 
+def test_a_draft_that_cannot_be_removed_costs_nothing(tmp_path: Path) -> None:
+    form = CompiledFile(tmp_path, "a.onnx")
+    form.draft.mkdir()  # as unlink fails on a broken disk, also for root
+    form.discard()
+    assert not form.keep() and form.read() is None
+
+
 @pytest.mark.parametrize("damage", ["no record", "empty record", "binary record"])
 def test_file_without_its_record_is_not_read(tmp_path: Path, damage: str) -> None:
     form = CompiledFile(tmp_path, "a.onnx")

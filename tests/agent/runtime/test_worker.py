@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from agent.runtime.engine import Engine
-from agent.runtime.port import Overloaded, Timing
+from agent.runtime.port import LoadOptions, Overloaded, Timing
 from agent.runtime.tensors import to_tensors
 from agent.runtime.worker import DeadlineExceeded, Worker, WorkerStopped
 from edgeward.errors import EdgewardError, RuntimeFault
@@ -225,6 +226,20 @@ def test_a_request_that_always_crashes_fails_alone_after_two_workers(engine: Eng
     assert innocent.failures == []
 
 
+@pytest.mark.parametrize("niceness", [0, 19])
+def test_the_loop_waits_awake_for_nobody_who_gives_way(
+    engine: Engine, niceness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polled: list[int] = []
+    monkeypatch.setattr(Worker, "_poll", lambda self: polled.append(1))
+    worker = opened(engine, doubler(), options=LoadOptions(niceness=niceness))
+    monkeypatch.setattr(worker, "_mean_ns", 0.0)
+    for _ in range(5):
+        double_something(worker)
+    assert bool(polled) == (niceness == 0)
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid or 0) == os.nice(0) + niceness
+
+
 def test_a_hang_costs_the_request_and_the_worker_only(engine: Engine) -> None:
     worker = opened(engine, onnx_spinner(), SlotPolicy(deadline=3.0))
     other = opened(engine, doubler())
@@ -251,6 +266,29 @@ def test_a_worker_above_its_memory_ceiling_is_replaced_between_requests(engine: 
     load.stop()
     assert load.failures == []
     until(lambda: 0 < worker.resident_bytes() < limit)
+
+
+def test_a_worker_that_gives_back_what_a_request_took_goes_on(engine: Engine) -> None:
+    """Above its ceiling during a request, below it after: what came meanwhile must not wait for ever."""
+    worker = opened(engine, doubler(), SlotPolicy(memory_bytes=4 << 30))
+    answers: list[Any] = []
+    answered = threading.Event()
+
+    def done(result: Any, timing: Timing) -> None:
+        answers.append(result)
+        answered.set()
+
+    async def between_two_looks() -> None:
+        worker._recycling = True
+        worker.submit(to_tensors({"x": np.ones((1, 2), np.float32)}), done)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(worker._backlog) == 1
+        worker._check_memory()
+
+    engine.call(between_two_looks())
+    assert answered.wait(60) and not isinstance(answers[0], EdgewardError)
+    assert worker.restarts == 0
 
 
 def test_a_request_that_would_outgrow_the_ceiling_is_refused_and_the_worker_stays(engine: Engine) -> None:

@@ -36,6 +36,7 @@ class TestRunner:
     __test__ = False
     provider = "CPUExecutionProvider"
     restarts = 0
+    loss = ""
 
     def __init__(self, work: Work) -> None:
         self.inputs: list[TensorSpec] = []

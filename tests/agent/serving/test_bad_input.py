@@ -11,6 +11,7 @@ import pytest
 
 from agent.runtime.port import BadInput, Overloaded, Tensor
 from agent.runtime.worker import DeadlineExceeded, WorkerStopped
+from agent.slots.drift import ScoreBins
 from edgeward.errors import RuntimeFault
 from edgeward.wire.package import TensorSpec
 
@@ -287,6 +288,32 @@ def test_what_the_model_did_counts_towards_its_health_and_nothing_else(ask, mode
     ask("watched", {"inputs": [tensor(shape=[2], data=[1.0])]})
     health = served.health
     assert (health.answered, health.failed, health.not_finite) == counted
+
+
+def test_what_was_answered_is_offered_to_a_shadow_and_its_scores_are_counted(ask, models, runner):
+    offered = []
+
+    class Observer:
+        def chosen(self, number):
+            return list(range(number))
+
+        def offer(self, inputs, outputs, disagreed=None):
+            offered.append((inputs["in"].tolist(), outputs["out"].tolist()))
+
+    def work(inputs):
+        (item,) = inputs
+        return (
+            [Tensor("out", "float32", item.shape, item.data)] if item.shape == (2,) else RuntimeFault("bad")
+        )
+
+    served = models.echo("watched", "float32", [-1], runner=runner(work), score="out")
+    served.health.scores = ScoreBins()
+    ask("watched", {"inputs": [tensor(shape=[2], data=[1.0, 2.0])]})
+    assert offered == [] and served.health.scores._first == [1.0, 2.0]
+    served.tap.observer = Observer()
+    assert ask("watched", {"inputs": [tensor(shape=[2], data=[3.0, 4.0])]})[0] == 200
+    assert ask("watched", {"inputs": [tensor(shape=[1], data=[5.0])]})[0] == 500
+    assert offered == [([3.0, 4.0], [3.0, 4.0])], "what was not answered is nothing to compare"
 
 
 def test_a_full_queue_is_refused_at_once_with_when_to_come_back(ask, models, runner):

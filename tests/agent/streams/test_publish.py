@@ -109,7 +109,15 @@ def test_the_memory_of_keys_is_bounded(kind: str) -> None:
     assert max(len(selection._since), len(selection._last)) == keys_module.MAX_KEYS
 
 
-@pytest.mark.parametrize("kind", ["all", "every", "changes", "uncertain", "none"])
+def test_whether_a_shadow_disagrees_is_known_later() -> None:
+    assert (
+        not Selection(Publish(results="disagreeing"), DECISION)
+        .choose((), {"score": np.zeros(2)}, np.zeros(2, bool))
+        .any()
+    )
+
+
+@pytest.mark.parametrize("kind", ["all", "every", "changes", "uncertain", "disagreeing", "none"])
 def test_no_results_are_no_choice(kind: str) -> None:
     selection = Selection(Publish(results=kind), DECISION)  # type: ignore[arg-type]
     assert selection.choose((), {"score": np.zeros(0)}, np.zeros(0, bool)).shape == (0,)

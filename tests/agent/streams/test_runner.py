@@ -20,10 +20,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from agent.outbox.outbox import Outbox
 from agent.runtime.engine import Engine
 from agent.serving.messages import Request
 from agent.slots.active import ActiveModel
-from agent.state import State
 from agent.streams import runner as module
 from agent.streams import writer as writer_module
 from agent.streams.local_link import LocalLink
@@ -50,6 +50,7 @@ from edgeward.wire.streams import (
     Window,
 )
 from edgeward.wire.topics import Lane
+from tests.agent.outboxes import rows_of
 
 ME = DeviceName("north", "turbine-1")
 T0 = 1_700_000_000.0
@@ -126,7 +127,7 @@ class Rig:
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.folder, self.engine = folder, engine
-        self.state = State(folder / "state.db")
+        self.outbox = Outbox(folder / "outbox.db", SystemClock())
         self.wire = Wire()
         self.model: ActiveModel | None = None
         self.runner: StreamRunner | None = None
@@ -153,7 +154,7 @@ class Rig:
         self.runner = StreamRunner(
             target,
             ME,
-            self.state,
+            self.outbox,
             SystemClock(),
             lambda slot: self.model,
             self.wire,
@@ -173,7 +174,7 @@ class Rig:
 
     def rows(self, lane: Lane) -> list[Any]:
         decode = msgspec.msgpack.Decoder(ROW_TYPES[lane]).decode
-        return [decode(row) for row in self.state.read_rows(lane, 0, 10**6)]
+        return [decode(row) for row in rows_of(self.outbox, lane)]
 
     def stop(self) -> None:
         if self.runner is not None:
@@ -189,7 +190,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     yield made
     made.stop()
     engine.stop()
-    made.state.close()
+    made.outbox.close()
 
 
 def test_every_sample_is_stored_once_and_visibly_predicted_or_not(rig: Rig) -> None:
@@ -222,7 +223,7 @@ def test_a_restart_goes_on_where_the_disk_says(rig: Rig) -> None:
     rig.send([(1, 0)] * 25)
     until(lambda: rig.wire.acked() == ("e", 24))
     rig.stop()
-    assert rig.state.source("s:t") == ("e", 24)
+    assert rig.outbox.source("s:t") == ("e", 24)
     rig.start()
     rig.send([(1, 0)] * 30)  # the sensor repeats from its beginning
     until(lambda: rig.wire.acked() == ("e", 29))
@@ -422,7 +423,7 @@ def test_samples_over_http_hear_why_a_stream_does_not_run(rig: Rig) -> None:
 
 def test_who_posts_to_a_stream_that_cannot_run_here_is_told_when_to_come_back(rig: Rig) -> None:
     link = LocalLink(lambda topic: None, lambda topic: None, rig.wire.publish)
-    streams = Streams(ME, rig.state, SystemClock(), lambda slot: None, link, lambda: None, rig.folder)
+    streams = Streams(ME, rig.outbox, SystemClock(), lambda slot: None, link, lambda: None, rig.folder)
     http = Source(http=HttpSource())
     leads_out = Action(name="out", when="score > 1", file="../out")
     streams.apply(
@@ -455,13 +456,13 @@ def test_who_posts_to_a_stream_that_cannot_run_here_is_told_when_to_come_back(ri
 def test_a_full_disk_holds_the_stream_up_and_loses_nothing(rig: Rig) -> None:
     rig.activate()
     runner = rig.start(window=Window(count=1))
-    rig.state._db.execute("PRAGMA max_page_count = 12")
+    rig.outbox._db.execute("PRAGMA max_page_count = 12")
     for number in range(200):
         rig.send([(1, 0.0)] * 20, first=20 * number)
     until(lambda: runner.report().errors)
     before = rig.wire.acked()
     assert before is None or before[1] < 3999
-    rig.state._db.execute("PRAGMA max_page_count = 1000000")
+    rig.outbox._db.execute("PRAGMA max_page_count = 1000000")
     until(lambda: rig.wire.acked() == ("e", 3999))
     assert [row.source_seq for row in rig.rows("result")] == list(range(4000))
 
@@ -478,10 +479,11 @@ def test_open_trends_survive_a_kill_to_the_last_row(rig: Rig, tmp_path: Path) ->
         assert rig.rows("trend") == []
         # The disk as a kill leaves it here: nothing of the running stream is closed or flushed.
         after = sqlite3.connect(tmp_path / f"after-{kill}.db")
-        rig.state._db.backup(after)
+        rig.outbox._db.backup(after)
         after.close()
         abandoned = rig.runner
-        rig.state, rig.runner, rig.wire = State(tmp_path / f"after-{kill}.db"), None, Wire()
+        rig.outbox = Outbox(tmp_path / f"after-{kill}.db", SystemClock())
+        rig.runner, rig.wire = None, Wire()
         rig.start(window=Window(count=5, timeout=0.05), publish=Publish(trend_bucket=1000))
         assert abandoned is not None
         abandoned.stop()
@@ -510,14 +512,14 @@ def test_the_last_bucket_of_a_sensor_that_stopped_goes_up(rig: Rig) -> None:
 def test_what_the_disk_refused_before_a_stop_is_left_to_the_sensor(rig: Rig) -> None:
     rig.activate()
     runner = rig.start(window=Window(count=1))
-    store = rig.state.commit_rows
+    store = rig.outbox.commit_rows
 
     def refuse_until_the_stop(*arguments: Any) -> None:
         if not runner._stop.is_set():
             raise OSError("no space left")
         store(*arguments)
 
-    rig.state.commit_rows = refuse_until_the_stop  # type: ignore[method-assign]
+    rig.outbox.commit_rows = refuse_until_the_stop  # type: ignore[method-assign]
     rig.send([(1, 0.0)] * 10)
     until(lambda: runner.report().errors)
     rig.send([(1, 0.0)] * 10, first=10)
@@ -563,7 +565,7 @@ def test_a_stream_that_an_internal_error_ended_is_started_again(
 ) -> None:
     rig.activate()
     link = LocalLink(lambda topic: None, lambda topic: None, rig.wire.publish)
-    streams = Streams(ME, rig.state, SystemClock(), lambda slot: rig.model, link, lambda: None, rig.folder)
+    streams = Streams(ME, rig.outbox, SystemClock(), lambda slot: rig.model, link, lambda: None, rig.folder)
     rig.wire.receive = lambda topic, payload: link.dispatch(Message(topic, payload, False, lambda: None))
     source = Source(mqtt=MqttSource(topic="t", time="t", values="v", sequence=True))
     streams.apply([StreamTarget("s", 3, StreamSpec(source, ["i", "b"], window=Window(count=1)))])
@@ -599,7 +601,7 @@ def test_a_thread_that_outlives_the_stop_stores_nothing(rig: Rig, monkeypatch: p
     answer.set()
     runner._thread.join(30)
     assert not runner._thread.is_alive()
-    assert rig.rows("result") == [] and rig.state.source("s:t") is None
+    assert rig.rows("result") == [] and rig.outbox.source("s:t") is None
 
 
 def test_images_of_several_sizes_are_inferred_each_by_its_own(rig: Rig, tmp_path: Path) -> None:
@@ -642,14 +644,14 @@ def test_no_action_waits_for_the_disk_and_what_waits_is_bounded(
     monkeypatch.setattr(module, "GROUP_SAMPLES", 100)
     rig.activate()
     runner = rig.start(window=Window(count=1), actions=[Action(name="a", publish="alarms")])
-    disk, store, commits = threading.Event(), rig.state.commit_rows, []
+    disk, store, commits = threading.Event(), rig.outbox.commit_rows, []
 
     def slowly(*arguments: Any) -> None:
         disk.wait(30)
         commits.append(arguments)
         store(*arguments)
 
-    rig.state.commit_rows = slowly  # type: ignore[method-assign]
+    rig.outbox.commit_rows = slowly  # type: ignore[method-assign]
     for number in range(3):
         rig.send([(60, 0.0)], first=number)
         until(lambda mark=number: len(rig.wire.on("alarms")) == mark + 1)
@@ -667,13 +669,13 @@ def test_no_action_waits_for_the_disk_and_what_waits_is_bounded(
 def test_an_internal_error_of_the_writer_ends_the_stream_visibly(rig: Rig) -> None:
     rig.activate()
     runner = rig.start(window=Window(count=1))
-    store = rig.state.commit_rows
+    store = rig.outbox.commit_rows
 
     def broken(*_: Any) -> None:
-        rig.state.commit_rows = store  # type: ignore[method-assign]
+        rig.outbox.commit_rows = store  # type: ignore[method-assign]
         raise ValueError("a mistake of ours")
 
-    rig.state.commit_rows = broken  # type: ignore[method-assign]
+    rig.outbox.commit_rows = broken  # type: ignore[method-assign]
     rig.send([(1, 0.0)])
     until(lambda: runner.failed)
     assert "a mistake of ours" in runner.report().reason

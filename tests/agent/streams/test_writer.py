@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from agent.state import State
+from agent.outbox.outbox import Outbox
 from agent.streams import writer as module
 from agent.streams.writer import Writer
+from edgeward.clock import ManualClock
 from edgeward.errors import Unavailable
 from edgeward.wire.rows import ResultRow, Row
 from edgeward.wire.topics import Lane
@@ -20,11 +21,11 @@ from edgeward.wire.topics import Lane
 WAIT = 30.0
 
 
-class Disk(State):
+class Disk(Outbox):
     """A real outbox whose commits can be made to wait or to fail; `entered` counts those that began."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, ManualClock())
         self.entered = threading.Semaphore(0)
         self.open = threading.Event()
         self.open.set()
@@ -42,7 +43,7 @@ class Disk(State):
 
 class Rig:
     def __init__(self, folder: Path) -> None:
-        self.disk = Disk(folder / "state.db")
+        self.disk = Disk(folder / "outbox.db")
         self.stop = threading.Event()
         self.positions: list[tuple[str, int] | None] = []
         self.refused = threading.Semaphore(0)
@@ -144,6 +145,31 @@ def test_a_stream_that_waits_for_room_is_let_go_at_the_end(rig: Rig, monkeypatch
     rig.writer.end(0.01)
     stream.join(WAIT)
     assert outcome == ["let go"]
+
+
+def test_a_stream_whose_sensor_keeps_its_samples_waits_and_loses_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ROWS", 2)
+    rig.disk.error = sqlite3.OperationalError("database or disk is full")
+    rig.put(0, 1)
+    assert rig.refused.acquire(timeout=WAIT)
+    begun = threading.Event()
+
+    def more() -> None:
+        begun.set()
+        rig.put(2, 3)
+
+    stream = threading.Thread(target=more)
+    stream.start()
+    assert begun.wait(WAIT)
+    assert all(rig.refused.acquire(timeout=WAIT) for _ in range(3))
+    assert rig.writer.waiting == 2 and stream.is_alive()
+    rig.disk.error = None
+    stream.join(WAIT)
+    rig.writer.close()
+    rig.writer.end(WAIT)
+    assert rig.stored() == 4 and rig.disk.sizes()["result"].lost == 0
 
 
 def test_a_commit_that_hangs_past_the_end_is_the_last_one(rig: Rig) -> None:

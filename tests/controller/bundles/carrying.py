@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -152,11 +152,16 @@ def unchanged(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def agent(folder: Path, end: signal.Signals = signal.SIGTERM) -> Iterator[Callable[[], dict[str, Any]]]:
+def agent(
+    folder: Path,
+    end: signal.Signals = signal.SIGTERM,
+    options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+) -> Iterator[Callable[[], dict[str, Any]]]:
     """A real agent process; what it calls gives its slot's durable record."""
     log = folder.with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "edgeward.cli.main", "agent", "run", "--dir", str(folder)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "edgeward.cli.main", "agent", "run", "--dir", str(folder), *options]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
 
     def slot() -> dict[str, Any]:
         assert process.poll() is None, folder.with_suffix(".log").read_text()

@@ -1,0 +1,1 @@
+"""One download per site: agents of a site give each other what they have fetched."""
