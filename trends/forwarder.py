@@ -84,6 +84,7 @@ class Forwarder:
         )
         self._offered: dict[SequenceId, float] = {}
         self._confirmed: dict[SequenceId, float] = {}
+        self._rest_until = 0.0
         self._turn = 0
         self._said: set[str] = set()
         self._messages: queue.Queue[Message | None] = queue.Queue(maxsize=1000)
@@ -131,8 +132,8 @@ class Forwarder:
                     if self._connected_again.is_set():
                         self._connected_again.clear()
                         self._land()
-                    while self._link.connected and self._offer():
-                        pass
+                    if arrived or self._clock.monotonic() >= self._rest_until:
+                        self._offer_all()
                     self._record()
             except Exception as error:  # noqa: BLE001  # a full disk must not end the thread: all is offered again
                 self._there = None
@@ -200,6 +201,15 @@ class Forwarder:
         for sequence, flight in self._flights.items():
             self._flights[sequence] = replace(flight, spans=())
 
+    def _offer_all(self) -> None:
+        while self._link.connected:
+            began = self._clock.monotonic()
+            if not self._offer():
+                # To look through many sequences for nothing shall take a tenth of the time at most.
+                ended = self._clock.monotonic()
+                self._rest_until = ended + 9 * (ended - began)
+                return
+
     def _offer(self) -> bool:
         """Send what there is room for; whether anything was sent."""
         there, now = self._known(), self._clock.monotonic()
@@ -252,6 +262,8 @@ class Forwarder:
         open_ = {}
         for sequence, settled in here.items():
             if doubted and now - self._confirmed.get(sequence, -DOUBT) < DOUBT:
+                continue
+            if not doubted and there.get(sequence) == settled:
                 continue
             flying = self._flights[sequence].numbers() if sequence in self._flights else []
             found = pending(settled, there.get(sequence), flying, doubted=doubted)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgeward.broker import EmbeddedBroker
+from edgeward.broker import EmbeddedBroker, free_port
 from edgeward.clock import SystemClock
 from edgeward.errors import Forbidden, InvalidDocument, TrustError
 from edgeward.mqtt import Broker, Link
@@ -32,8 +32,13 @@ from edgeward.wire.residency import (
     encode,
 )
 from edgeward.wire.resources import Residency
-from edgeward.wire.rows import Batch, ResultRow, TrendRow, encode_rows
+from edgeward.wire.rows import Batch, ResultRow, Row, TrendRow, encode_rows
 from trends.identity import Identity, enroll
+from trends.journal import Journal
+from trends.ledger import Ledger
+from trends.read_back import ReadBack
+from trends.sender import Forward, Sender
+from trends.tables import Tables
 
 
 @pytest.fixture
@@ -159,6 +164,34 @@ def test_a_revoked_store_is_on_the_deny_list(plant: Any, folder: Path, tmp_path:
     assert cloud.learn_denied() and cloud.denied == {keyid}
 
 
+def test_the_policy_is_asked_for_before_the_first_row_and_the_known_one_holds_without_the_controller(
+    plant: Any, folder: Path, make: Any
+) -> None:
+    plant.client.apply([make("Site", "north", residency={"forward": []})])
+
+    def started() -> ResidencyPolicy | None:
+        journal = Journal(folder / "journal.db")
+        read_back = ReadBack(Tables(folder / "tables", journal), journal)
+        sender = Sender(
+            Forward(Broker(f"mqtt://127.0.0.1:{free_port()}")), read_back, journal,
+            Ledger(folder / "forward.db", time.time()), Identity(folder, SystemClock()), SystemClock(),
+        )  # fmt: skip
+        sender.start()
+        policy = sender._forwarder.policy
+        sender.stop()
+        journal.close()
+        return policy
+
+    address = (folder / "controller.url").read_text()
+    (folder / "controller.url").write_text(f"http://127.0.0.1:{free_port()}")
+    assert started() is None
+    (folder / "controller.url").write_text(address)
+    policy = started()
+    assert policy is not None and policy.sites == {"north": Residency(forward=[])}
+    (folder / "controller.url").write_text(f"http://127.0.0.1:{free_port()}")
+    assert started() == policy
+
+
 # the whole way, as processes
 
 
@@ -195,10 +228,10 @@ def test_a_site_forwards_to_the_cloud_with_real_processes(
         enroll(folder, plant.url, plant.client.create_enrollment_token(["north"], role="store"), name)
     device = plant.enroll("d1")
     at = int(time.time() * 1e6)
-    results = [
+    results: list[Row] = [
         ResultRow(at, "s", 1, "part", "se", seq, "d", "v", "CPU", {"y": 1.0}, False) for seq in range(20)
     ]
-    trends = [
+    trends: list[Row] = [
         TrendRow(at, 60, "s", 1, "d", "v", "CPU", "output:y", 5, 0, 1.0, 0.0, 1.0, 1.0, [], [])
         for _ in range(3)
     ]
@@ -212,16 +245,17 @@ def test_a_site_forwards_to_the_cloud_with_real_processes(
             )  # fmt: skip
             link.start()
             until(lambda: link.connected)
-            for lane, rows in (("result", results), ("trend", trends), ("sample", [])):
-                if rows:
-                    topic = topics.up(device.name, lane)  # type: ignore[arg-type]
-                    batch = Batch("e", 0, len(rows), 0, encode_rows(list(rows)))
+            for topic, rows in (
+                (topics.up(device.name, "result"), encode_rows(results)),
+                (topics.up(device.name, "trend"), encode_rows(trends)),
+            ):
+                batch = Batch("e", 0, 20 if "result" in topic else 3, 0, rows)
 
-                    def send(topic: str = topic, batch: Batch = batch) -> bool:
-                        link.publish(topic, seal(batch, topic, device.identity, with_certificate=True))
-                        return topic.replace("/up/", "/ack/") in acks
+                def send(topic: str = topic, batch: Batch = batch) -> bool:
+                    link.publish(topic, seal(batch, topic, device.identity, with_certificate=True))
+                    return topic.replace("/up/", "/ack/") in acks
 
-                    until(send, 60.0)
+                until(send, 60.0)
             count = (
                 "query",
                 "--sql",
