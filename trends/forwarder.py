@@ -178,6 +178,8 @@ class Forwarder:
         identity = opened.identity
         if not isinstance(identity, StoreIdentity) or parsed.name.site not in identity.sites:
             raise TrustError(f"signed by {identity}, which is no trend store of site {parsed.name.site}")
+        if identity.name == self._store.name:
+            raise TrustError("this store acknowledged its own batch: --forward-to leads back here")
         if opened.keyid in self.denied:
             raise TrustError(f"{identity} is revoked")
         ack = opened.decode(Ack)

@@ -24,6 +24,8 @@ MAX_LOST = 10_000
 #: A central store takes what it lacks from any number on: the site answers for an epoch from its beginning.
 FLOOR = 0
 RESIDENCY = "residency"
+#: When something happened is a part of what must stay.
+_NO_TIMES = (0, 0)
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -116,15 +118,15 @@ def _pieces(lane: Lane, holding: Holding, residency: Residency) -> list[_Piece]:
     known = runs(held)
     for gap in holding.gaps:
         for begin, end in missing(known, max(first, gap.first), min(last, gap.last)):
-            lost = Lost(begin, end, *gap.times, _shared(gap, end - begin + 1))
+            times = gap.times if lane in residency.forward else _NO_TIMES
+            lost = Lost(begin, end, *times, _shared(gap, end - begin + 1))
             pieces.append(_Piece(begin, end, lost=lost))
             known = union(known, begin, end)
     kept, rest = runs(stay), missing(known, first, last)
     if lane not in residency.forward:
         kept, rest = kept + rest, []
     for begin, end in kept:
-        # Without times: when something happened is a part of what must stay.
-        pieces.append(_Piece(begin, end, lost=Lost(begin, end, 0, 0, {RESIDENCY: end - begin + 1})))
+        pieces.append(_Piece(begin, end, lost=Lost(begin, end, *_NO_TIMES, {RESIDENCY: end - begin + 1})))
     for begin, end in rest:
         pieces.append(_Piece(begin, end, lost=Lost(begin, end, 0, 0, {"store-lost": end - begin + 1})))
     return sorted(pieces, key=lambda piece: piece.first)
