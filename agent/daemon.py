@@ -31,10 +31,10 @@ from agent.runtime.installed import installed
 from agent.runtime.memory import give_back_memory
 from agent.serving.server import Server
 from agent.serving.settings import Settings
-from agent.slots.activation import Setup
 from agent.slots.catalog import SlotCatalog
 from agent.slots.gate import Gate
 from agent.slots.measure import machine_key
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from agent.streams.local_link import LocalLink

@@ -6,90 +6,29 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
 from agent.runtime.engine import Engine
 from agent.runtime.port import LoadOptions, Runner
-from agent.runtime.providers import Plan, Rules, Verdict
+from agent.runtime.providers import Plan
 from agent.runtime.worker import DeadlineExceeded
 from agent.slots import measure, prepare, selftest
+from agent.slots.opened import Opened, Refused, Setup
 from agent.slots.selection import Candidate, Choice, choose, eligible, to_measure
 from agent.state import Measurement, SlotRecord, State
 from agent.verify import VerifiedPackage, Verifier
 from edgeward.clock import Clock
-from edgeward.errors import EdgewardError, PackageError, RuntimeFault
+from edgeward.errors import PackageError, RuntimeFault
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.package import Manifest, Runtime, Variant
-from edgeward.wire.reports import Condition, VariantMeasure
+from edgeward.wire.package import Manifest, Variant
+from edgeward.wire.reports import Condition
 from edgeward.wire.slots import SlotPolicy
 
 log = logging.getLogger(__name__)
 
 #: The lowest priority that a process without privileges can take.
 SHADOW_NICENESS = 19
-
-
-class ProviderRules(Protocol):
-    """Which execution providers to ask for, and what to think of the one that the runtime took."""
-
-    def plan(
-        self, runtime: Runtime, available: Sequence[str], variant: Sequence[str], policy: SlotPolicy
-    ) -> Plan: ...
-
-    def judge(self, plan: Plan, used: str, policy: SlotPolicy) -> Verdict: ...
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the device brings to an activation.
-
-    `machine` identifies its chip and drivers (see measure.machine_key), `available` are the runtimes'
-    providers, `compiled` the folder for compiled models (None: none are kept), `seconds` the time for
-    measuring one variant.
-    """
-
-    machine: str = ""
-    available: tuple[str, ...] = ()
-    rules: ProviderRules = field(default_factory=Rules)
-    compiled: Path | None = None
-    seconds: float = measure.SECONDS
-
-
-class Refused(EdgewardError):
-    """A model must not run here. `lasting`: whatever the policy, so its digest is never tried again."""
-
-    def __init__(
-        self,
-        reason: str,
-        message: str,
-        *,
-        measured: float | None = None,
-        limit: float | None = None,
-        lasting: bool = False,
-        table: tuple[VariantMeasure, ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.measured = measured
-        self.limit = limit
-        self.lasting = lasting
-        self.table = table
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A tested model on its runner. `measured` and `limit` are the golden vectors' worst difference."""
-
-    package: VerifiedPackage
-    runner: Runner
-    batchable: bool
-    condition: Condition | None = None
-    table: tuple[VariantMeasure, ...] = ()
-    measured: float | None = None
-    limit: float | None = None
 
 
 class _ProviderFault(RuntimeFault):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from agent.runtime.port import Runner
-from agent.slots.activation import Opened
 from agent.slots.drift import ScoreBins
 from agent.slots.guard import Guard, Health
+from agent.slots.opened import Opened
 from agent.slots.shadow import Side, score_output
 from agent.slots.tap import Tap
 from agent.streams.sketches import LiveBaseline

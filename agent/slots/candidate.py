@@ -14,13 +14,14 @@ from agent.attempts import Attempts, Risk
 from agent.fetch import NoRoom
 from agent.lifecycle import DISK_RETRY_MAX, RETRY_MAX, TABLE, Event, SlotState, Verdict, due, waits
 from agent.pace import Paused
-from agent.slots.activation import Activation, Opened, Refused
+from agent.slots.activation import Activation
 from agent.slots.active import make_active
 from agent.slots.board import BESIDE, Board
 from agent.slots.boot import candidate_key
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate, MustStay, Stay
 from agent.slots.heat import hottest
+from agent.slots.opened import Opened, Refused
 from agent.slots.records import recorded
 from agent.slots.shadow import Finding
 from agent.slots.shadows import Run, Shadows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from agent.slots.activation import Opened
 from agent.slots.active import ActiveModel
+from agent.slots.opened import Opened
 from agent.state import SlotRecord
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.slots import SlotPolicy

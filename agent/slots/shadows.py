@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import msgspec
 
 from agent.lifecycle import Event
-from agent.slots.activation import Activation, Opened, Refused
+from agent.slots.activation import Activation
 from agent.slots.active import ActiveModel
 from agent.slots.board import BESIDE, Board
+from agent.slots.opened import Opened, Refused
 from agent.slots.shadow import Comparison, Finding, Side, broken, judge
 from agent.slots.shadowing import Shadowing, fed, shadowed
 from agent.slots.walk import Replaced, Walk

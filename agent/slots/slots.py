@@ -11,7 +11,7 @@ from agent import lifecycle
 from agent.attempts import Attempts
 from agent.lifecycle import Verdict
 from agent.runtime.engine import Engine
-from agent.slots.activation import Activation, Opened, Setup
+from agent.slots.activation import Activation
 from agent.slots.active import ActiveModel, conditions
 from agent.slots.board import BESIDE, RUNNING, Board
 from agent.slots.boot import Boot
@@ -20,6 +20,7 @@ from agent.slots.care import Care
 from agent.slots.disk import Disk
 from agent.slots.gate import Gate
 from agent.slots.heat import hottest
+from agent.slots.opened import Opened, Setup
 from agent.slots.walk import Replaced
 from agent.state import State
 from agent.trusted_clock import Moment

@@ -11,8 +11,8 @@ from pathlib import Path
 from agent.outbox.outbox import Outbox
 from agent.serving.messages import Request, Respond, Response, answer, refuse
 from agent.serving.refusal import Refusal
-from agent.slots.activation import Opened
 from agent.slots.active import ActiveModel
+from agent.slots.opened import Opened
 from agent.streams.local_link import LocalLink, StreamLink
 from agent.streams.runner import StreamRunner
 from agent.streams.signature import match

@@ -33,8 +33,8 @@ from agent.attempts import Risk
 from agent.fetch import NoRoom
 from agent.lifecycle import TABLE, SlotState
 from agent.slots import candidate
-from agent.slots.activation import Setup
 from agent.slots.boot import candidate_key
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import ManualClock

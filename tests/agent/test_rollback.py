@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from agent.fetch import NoRoom
-from agent.slots.activation import Setup
 from agent.slots.guard import Guard
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock

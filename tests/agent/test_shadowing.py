@@ -17,8 +17,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from agent.holds import Holds, placed
-from agent.slots.activation import Setup
 from agent.slots.gate import Gate
+from agent.slots.opened import Setup
 from agent.slots.shadow import Tally
 from agent.slots.shadows import Shadows
 from agent.slots.slots import Slots

@@ -24,8 +24,8 @@ from agent.runtime.providers import Plan, Verdict
 from agent.runtime.providers import Rules as ProviderRules
 from agent.serving.metrics import exposition
 from agent.serving.statistics import Statistics
-from agent.slots.activation import Setup
 from agent.slots.catalog import SlotCatalog
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import SlotRecord, State
 from edgeward.clock import ManualClock, SystemClock

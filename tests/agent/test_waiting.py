@@ -17,8 +17,8 @@ import pytest
 
 from agent.holds import LOCK, Holds, placed
 from agent.pace import Pace
-from agent.slots.activation import Setup
 from agent.slots.gate import Gate
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import SlotRecord, State
 from agent.trusted_clock import Moment

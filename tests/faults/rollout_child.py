@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from agent.runtime.engine import Engine
-from agent.slots.activation import Setup
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock

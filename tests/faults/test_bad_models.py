@@ -21,9 +21,9 @@ from agent.runtime import worker
 from agent.serving.server import Server
 from agent.serving.settings import Settings
 from agent.slots import candidate, selftest
-from agent.slots.activation import Setup
 from agent.slots.care import Care
 from agent.slots.catalog import SlotCatalog
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import ManualClock, SystemClock

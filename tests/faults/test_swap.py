@@ -21,8 +21,8 @@ from agent.runtime.engine import Engine
 from agent.serving.inference import Models
 from agent.serving.server import Server
 from agent.serving.settings import Settings
-from agent.slots.activation import Setup
 from agent.slots.catalog import SlotCatalog
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from edgeward.clock import SystemClock

@@ -14,7 +14,7 @@ import msgspec
 from agent.fetch import BlobStore
 from agent.imports import Imports
 from agent.runtime.engine import Engine
-from agent.slots.activation import Setup
+from agent.slots.opened import Setup
 from agent.slots.slots import Slots
 from agent.state import State
 from agent.trusted_clock import TrustedClock
