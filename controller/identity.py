@@ -296,14 +296,17 @@ class Authority:
             return row.der if row else None
 
     def denied(self) -> list[str]:
-        """The devices' certificates that `check_permitted` refuses, though their time has not ended."""
+        """The certificates that `check_permitted` refuses, though their time has not ended."""
         with self._store.reading() as session:
+            now = self._clock.now()
             devices = {row.name: row.spec["revoked"] for row in resources.find(session, "Device")}
-            return sorted(
+            found = [
                 row.keyid
-                for row in records.certificates_valid_at(session, self._clock.now(), "device")
+                for row in records.certificates_valid_at(session, now, "device")
                 if row.revoked or devices.get(row.name, True)
-            )
+            ]
+            stores = records.certificates_valid_at(session, now, "store")
+            return sorted(found + [row.keyid for row in stores if row.revoked])
 
     def check_permitted(self, identity: Identity, keyid: str) -> None:
         """The deny-list. Raises Forbidden for a revoked certificate, a revoked or deleted device."""

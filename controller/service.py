@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 from sqlmodel import Session
 
+from controller import residency
 from controller.artifacts import Artifacts, FolderArtifacts
 from controller.changes import Changes
 from controller.deltas import Deltas
@@ -30,11 +31,14 @@ from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link, Message
 from edgeward.storage import sha256_hex, write_atomic
 from edgeward.trust import dsse
+from edgeward.trust.certificates import StoreIdentity
 from edgeward.trust.keys import load_or_create, public_pem
 from edgeward.wire import topics
 from edgeward.wire.denied import PAYLOAD_TYPE, Denied
 from edgeward.wire.denied import encode as encode_denied
 from edgeward.wire.package import Manifest, decode_manifest
+from edgeward.wire.residency import PAYLOAD_TYPE as RESIDENCY_TYPE
+from edgeward.wire.residency import encode as encode_residency
 from edgeward.wire.resources import model_version_name
 from edgeward.wire.signed_time import PAYLOAD_TYPE as TIME_TYPE
 from edgeward.wire.signed_time import SignedTime, check_nonce
@@ -147,6 +151,12 @@ class Controller:
         """The deny-list of now, for those who check signatures without asking here each time."""
         denied = Denied(self.clock.now(), self.authority.denied())
         return dsse.sign(encode_denied(denied), PAYLOAD_TYPE, self._desired_key)
+
+    def signed_residency(self, store: StoreIdentity) -> bytes:
+        """What may leave the store's sites from now on."""
+        with self.store.reading() as session:
+            policy = residency.policy_for(session, store, self.clock.now())
+        return dsse.sign(encode_residency(policy), RESIDENCY_TYPE, self._desired_key)
 
     def signed_time(self, nonce: str) -> bytes:
         """What time it is, for whoever asked with `nonce`. Raises InvalidDocument."""

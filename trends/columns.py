@@ -88,3 +88,26 @@ def gaps_to_arrow(gaps: list[GapRow]) -> pa.Table:
     return pa.table(
         [pa.array([getattr(gap, field.name) for gap in gaps], field.type) for field in schema], schema=schema
     )
+
+
+def from_arrow(lane: Lane, table: pa.Table) -> list[Row]:
+    """The rows that `to_arrow` was given, from a table with their columns; what an older store left out is
+    as an older agent left it out."""
+    kind = ROW_TYPES[lane]
+    names = kind.__struct_fields__
+    defaults = dict(
+        zip(names[len(names) - len(kind.__struct_defaults__) :], kind.__struct_defaults__, strict=True)
+    )
+    columns: list[list[Any]] = []
+    for name in names:
+        if name not in table.schema.names:
+            columns.append([defaults[name]] * table.num_rows)
+            continue
+        column = table.column(name)
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64())
+        values = column.to_pylist(maps_as_pydicts="strict")
+        if name in defaults:
+            values = [defaults[name] if value is None else value for value in values]
+        columns.append(values)
+    return [kind(*values) for values in zip(*columns, strict=True)]

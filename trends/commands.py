@@ -15,9 +15,11 @@ from rich.console import Console
 from edgeward.cli.context import naming, read_secret
 from trends.access_commands import api, models, readers
 from trends.bridges import commands as bridges
+from trends.forward_commands import forward_status, residency_log
 from trends.query_commands import Folder, open_store, query
 
 if TYPE_CHECKING:
+    from trends.sender import Forward
     from trends.store import Store
 
 out = Console(highlight=False)
@@ -33,6 +35,8 @@ def register(app: typer.Typer) -> None:
     trends.add_typer(readers, name="readers")
     trends.command()(verify)
     bridges.register(trends)
+    trends.command()(forward_status)
+    trends.command()(residency_log)
     app.add_typer(trends, name="trends")
 
 
@@ -69,10 +73,23 @@ def serve(
     quota: Annotated[
         float, typer.Option(min=1, help="Rows per second and device, on average over a minute.")
     ] = 100_000.0,
+    forward_to: Annotated[
+        str | None,
+        typer.Option(help="mqtt:// or mqtts:// address of a central store's broker: send it what may leave."),
+    ] = None,
+    forward_ca: Annotated[
+        Path | None, typer.Option(help="CA certificate (PEM) of that broker; default: the system's.")
+    ] = None,
+    accept_forwarded: Annotated[
+        bool, typer.Option(help="Be a central store: take what the sites' trend stores forward.")
+    ] = False,
 ) -> None:
     """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
 
     Example: `edgeward trends serve --dir store --keep results=90 --keep samples=14`
+
+    With --forward-to, what the Sites' `residency` allows also goes to a central store, which is one of these
+    with --accept-forwarded; see docs/forwarding.md.
 
     Several of these share the work when each is enrolled in a folder of its own and EDGEWARD_TRENDS_JOURNAL
     names one PostgreSQL database for all: postgresql://user@host:5432/database, the password in PGPASSFILE.
@@ -94,9 +111,23 @@ def serve(
 
     threading.Thread(target=announce, daemon=True).start()
     try:
-        store.serve(broker, SystemClock(), stop, ready, retention, Quota(rows=quota))
+        store.serve(
+            broker, SystemClock(), stop, ready, retention, Quota(rows=quota),
+            forward=_forward(forward_to, forward_ca), central=accept_forwarded,
+        )  # fmt: skip
     finally:
         store.close()
+
+
+def _forward(url: str | None, ca_file: Path | None) -> Forward | None:
+    from edgeward.mqtt import Broker
+    from trends.sender import Forward
+
+    if url is None:
+        return None
+    broker = Broker(url, ca_file=ca_file)
+    broker.endpoint()
+    return Forward(broker)
 
 
 def verify(

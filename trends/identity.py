@@ -28,6 +28,9 @@ from edgeward.trust.certificates import (
 from edgeward.trust.keys import SigningIdentity, load_or_create
 from edgeward.wire.denied import PAYLOAD_TYPE, Denied
 from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
+from edgeward.wire.residency import MAX_DECISIONS, Decisions, ResidencyPolicy
+from edgeward.wire.residency import PAYLOAD_TYPE as RESIDENCY_TYPE
+from trends.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ _ENROLLMENT = "enrollment.json"
 _KEY = "identity.key"
 _URL = "controller.url"
 _DENIED = "denied.json"
+_RESIDENCY = "residency.json"
 _LOOK_EVERY = 30.0
 
 
@@ -85,11 +89,52 @@ class Identity:
         self.store = self._check(self.enrollment.certificate, begins)
         self.signer = self._signer(self.enrollment.certificate)
         self._denied = self._read_denied()
+        self._residency = self._read_residency()
 
     @property
     def denied(self) -> frozenset[str]:
         """Key ids on the newest deny-list that is known here."""
         return frozenset(self._denied.keyids)
+
+    @property
+    def residency(self) -> ResidencyPolicy | None:
+        """The newest policy that is known here, expired or not; None when there was never one."""
+        return self._residency
+
+    def _read_residency(self) -> ResidencyPolicy | None:
+        try:
+            return self._verify_residency((self._folder / _RESIDENCY).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _verify_residency(self, signed: bytes) -> ResidencyPolicy:
+        keys = self.enrollment.trust.desired_keys
+        return dsse.verify(signed, RESIDENCY_TYPE, keys, ResidencyPolicy)
+
+    def learn_residency(self) -> bool:
+        """Ask for what may leave the sites; True when that has changed. An older policy than that known is
+        refused, and so is one that has expired."""
+        with self._client() as client:
+            signed = client.residency()
+        policy, known = self._verify_residency(signed), self._residency
+        if known is not None and policy.issued_at < known.issued_at:
+            raise TrustError("the residency policy is older than the one that is known")
+        if policy.expires_at <= self._clock.now():
+            raise TrustError("the residency policy has expired already")
+        # Kept whenever it is newer, since it expires.
+        write_atomic(self._folder / _RESIDENCY, signed)
+        self._residency = policy
+        return known is None or known.sites != policy.sites
+
+    def report_decisions(self, ledger: Ledger) -> bool:
+        """Tell the controller what was decided since the last time; whether there was anything."""
+        waiting = ledger.decisions(ledger.reported, MAX_DECISIONS)
+        if not waiting:
+            return False
+        with self._client() as client:
+            client.report_decisions(Decisions(waiting))
+        ledger.set_reported(waiting[-1].number)
+        return True
 
     def _verify_denied(self, signed: bytes) -> Denied:
         return dsse.verify(signed, PAYLOAD_TYPE, self.enrollment.trust.desired_keys, Denied)
@@ -148,14 +193,20 @@ class Identity:
         self.signer = self._signer(answer.certificate)
         return True
 
-    def keep_fresh(self, stop: threading.Event, changed: Callable[[Identity], None]) -> None:
+    def keep_fresh(
+        self,
+        stop: threading.Event,
+        changed: Callable[[Identity], None],
+        also: tuple[tuple[str, Callable[[], bool]], ...] = (),
+    ) -> None:
         """In the background until `stop`: renew, since agents refuse acks under a certificate that has
-        ended, and learn the deny-list. `changed` is called after either.
+        ended, learn the deny-list, and what `also` names. `changed` is called after each.
         """
         while True:
             for what, renew in (
                 ("the certificate", self.renew_if_due),
                 ("the deny-list", self.learn_denied),
+                *also,
             ):
                 try:
                     if renew():

@@ -22,7 +22,7 @@ from edgeward.errors import InvalidDocument, TrustError
 from edgeward.identifiers import DeviceName
 from edgeward.intervals import Interval, clip, contains, missing, size
 from edgeward.mqtt import Broker, Link, Message
-from edgeward.trust.certificates import DeviceIdentity, TrustAnchor
+from edgeward.trust.certificates import DeviceIdentity, StoreIdentity, TrustAnchor
 from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import Opened, UnknownSigner, open_envelope, seal
@@ -77,8 +77,12 @@ class Ingest:
         sites: frozenset[str],
         clock: Clock,
         quota: Quota | None = None,
+        *,
+        central: bool = False,
     ) -> None:
+        """`central`: also take what the sites' own trend stores forward for their devices."""
         self._journal = journal
+        self._channels = ("status", "up", "forward") if central else ("status", "up")
         self._anchor = anchor
         self._sites = sites
         self._clock = clock
@@ -96,23 +100,26 @@ class Ingest:
         now = self._clock.now()
         try:
             parsed = topics.parse(topic)
-            if parsed.channel not in ("status", "up"):
+            if parsed.channel not in self._channels:
                 raise InvalidDocument("not a message for a trend store", source=topic[:200])
             opened = open_envelope(
                 payload, topic, self._anchor, now, find_certificate=self._journal.certificate
             )
-            self._check_sender(opened, parsed.name)
+            self._check_sender(opened, parsed.name, parsed.channel)
             if parsed.channel == "status":
                 self._journal.remember_certificate(opened.keyid, opened.certificate)
                 return None
             assert parsed.lane is not None
             batch = opened.decode(Batch)
-            held = batch.count if batch.gap is None else 1
+            held = batch.count - sum(item.last_seq - item.first_seq + 1 for item in batch.lost)
+            held = max(held, 1) if batch.gap is None else 1
             if not self._quotas.allows(parsed.name, held, len(payload), self._clock.monotonic()):
                 # Not acknowledged: the device keeps it and sends it again.
                 self.counts["over quota"] += 1
                 return None
-            return self._store(parsed.name, parsed.lane, topic, batch, int(now * 1e6))
+            ack = self._store(parsed.name, parsed.lane, topic, batch, int(now * 1e6))
+            answer = topics.ack if parsed.channel == "up" else topics.forwarded
+            return Reply(answer(parsed.name, parsed.lane), ack)
         except UnknownSigner:
             # The birth with the certificate may still be on its way; the device sends again.
             self.counts["unknown signer"] += 1
@@ -122,17 +129,21 @@ class Ingest:
             log.warning("refused a message on %s: %s", topic[:200], error)
         return None
 
-    def _check_sender(self, opened: Opened, name: DeviceName) -> None:
+    def _check_sender(self, opened: Opened, name: DeviceName, channel: str) -> None:
+        identity = opened.identity
         if opened.keyid in self.denied:
-            raise TrustError(f"{opened.identity} is revoked")
-        if not isinstance(opened.identity, DeviceIdentity) or opened.identity.name != name:
-            raise TrustError(f"signed by {opened.identity}, which is not {name}")
+            raise TrustError(f"{identity} is revoked")
+        if channel == "forward":
+            if not isinstance(identity, StoreIdentity) or name.site not in identity.sites:
+                raise TrustError(f"signed by {identity}, which is no trend store of site {name.site}")
+        elif not isinstance(identity, DeviceIdentity) or identity.name != name:
+            raise TrustError(f"signed by {identity}, which is not {name}")
         if name.site not in self._sites:
             raise TrustError(
                 f"site {name.site} is not one of this store's ({', '.join(sorted(self._sites))})"
             )
 
-    def _store(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, now_us: int) -> Reply:
+    def _store(self, name: DeviceName, lane: Lane, topic: str, batch: Batch, now_us: int) -> Ack:
         if not 1 <= batch.count <= MAX_SEQUENCE:
             raise InvalidDocument(f"a batch of {batch.count} rows", field="count")
         if not (0 <= batch.floor <= batch.first_seq < MAX_SEQUENCE) or not _is_name(batch.epoch):
@@ -151,8 +162,7 @@ class Ingest:
         self._journal.settle(name, batch.epoch, lane, decision.after)
         after = decision.after
         # The newest ones: a device goes on from the floor anyway.
-        ack = Ack(batch.epoch, after.expected - 1, after.above[-MAX_ACK_RANGES:])
-        return Reply(topics.ack(name, lane), ack)
+        return Ack(batch.epoch, after.expected - 1, after.above[-MAX_ACK_RANGES:])
 
     def _lose(self, sequence: _Sequence, lost: list[Lost], take: list[Interval]) -> None:
         """Gap records for what is lost of the intervals `take`."""
@@ -256,9 +266,10 @@ class Ingester:
         name: str,
         *,
         share: str = "",
+        central: bool = False,
     ) -> None:
         """Ingesters with one `share` get each batch once between them (MQTT 5.0, 4.8.2); births go to all,
-        since retained messages are not sent for shared subscriptions."""
+        since retained messages are not sent for shared subscriptions. `central`: see Ingest."""
         self._ingest = ingest
         self._journal = journal
         self._identity = identity
@@ -268,7 +279,13 @@ class Ingester:
         self._link = Link(
             broker,
             f"edgeward-store-{name}",
-            subscriptions=(topics.ALL_STATUS, f"$share/{share}/{topics.ALL_UP}" if share else topics.ALL_UP),
+            subscriptions=(
+                topics.ALL_STATUS,
+                *(
+                    f"$share/{share}/{each}" if share else each
+                    for each in ((topics.ALL_UP, topics.ALL_FORWARD) if central else (topics.ALL_UP,))
+                ),
+            ),
             on_message=self._queue.put,
             manual_ack=True,
             receive_maximum=200,

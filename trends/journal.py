@@ -20,7 +20,7 @@ from edgeward.intervals import Interval
 from edgeward.wire.rows import join_rows
 from edgeward.wire.topics import Lane
 from trends.databases import Database, Sqlite
-from trends.sequence import Settled
+from trends.sequence import SequenceId, Settled
 
 _SCHEMA = (
     "position (site TEXT, device TEXT, epoch TEXT, lane TEXT, expected {long} NOT NULL, above {bytes},"
@@ -41,6 +41,11 @@ _ADDED = (("position", "above", "bytes"), ("gap", "count", "long"))
 MAX_QUARANTINED = 10_000
 #: Entries that are read at once at most.
 MAX_ENTRIES = 10_000
+
+_GAPS = (
+    "SELECT id, site, device, epoch, lane, first_seq, last_seq, reason, first_event_time,"
+    " last_event_time, received, coalesce(count, last_seq - first_seq + 1) FROM gap"
+)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Interval]).decode
@@ -158,8 +163,7 @@ class Journal:
         )
         if not found:
             return None
-        expected, above = found[0]
-        return Settled(expected, [] if above is None else _decode(above))
+        return _settled(*found[0])
 
     def settle(self, name: DeviceName, epoch: str, lane: Lane, settled: Settled) -> None:
         self._db.run(
@@ -244,13 +248,37 @@ class Journal:
 
     def waiting_gaps(self, limit: int) -> list[GapRow]:
         with self._lock:
-            rows = self._db.run(
-                "SELECT id, site, device, epoch, lane, first_seq, last_seq, reason, first_event_time,"
-                " last_event_time, received, coalesce(count, last_seq - first_seq + 1)"
-                " FROM gap ORDER BY id LIMIT ?",
-                (limit,),
-            )
+            rows = self._db.run(f"{_GAPS} ORDER BY id LIMIT ?", (limit,))
         return [GapRow(*row) for row in rows]
+
+    def find(self, sequence: SequenceId, span: Interval) -> list[Stored]:
+        """The entries with numbers of `span` that are not known to be in their table."""
+        with self._lock:
+            found = self._db.run(
+                "SELECT id, site, device, epoch, first_seq, count, received, rows FROM batch WHERE lane=?"
+                " AND site=? AND device=? AND epoch=? AND first_seq<=? AND first_seq+count>? ORDER BY id",
+                (sequence.lane, *sequence.name, sequence.epoch, span[1], span[0]),
+            )
+        return [Stored(*row) for row in found]
+
+    def find_gaps(self, sequence: SequenceId, span: Interval) -> list[GapRow]:
+        """The gaps with numbers of `span` that are not known to be in their table."""
+        with self._lock:
+            found = self._db.run(
+                f"{_GAPS} WHERE site=? AND device=? AND epoch=? AND lane=? AND first_seq<=? AND last_seq>=?"
+                " ORDER BY id",
+                (*sequence.name, sequence.epoch, sequence.lane, span[1], span[0]),
+            )
+        return [GapRow(*row) for row in found]
+
+    def positions(self) -> dict[SequenceId, Settled]:
+        """What is settled of every sequence that was ever seen."""
+        with self._lock:
+            found = self._db.run("SELECT site, device, epoch, lane, expected, above FROM position")
+        return {
+            SequenceId(DeviceName(site, device), epoch, lane): _settled(expected, above)
+            for site, device, epoch, lane, expected, above in found
+        }
 
     def count(self) -> int:
         """Rows that wait for a table."""
@@ -278,6 +306,10 @@ class Journal:
                 "INSERT INTO meta (key, value) VALUES (?,?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
                 (f"flushed {table}", str(version)),
             )
+
+
+def _settled(expected: int, above: bytes | None) -> Settled:
+    return Settled(expected, [] if above is None else _decode(above))
 
 
 def _text(value: str) -> str:

@@ -8,12 +8,22 @@ above it: batches may come in any order, since a device sends fresh rows before 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from edgeward.identifiers import DeviceName
 from edgeward.intervals import Interval, missing, union
+from edgeward.wire.topics import Lane
 
 #: A device that skips about must not grow this table without end; its lowest rows are always taken.
 MAX_INTERVALS = 1024
+
+
+class SequenceId(NamedTuple):
+    """Which sequence of rows: one lane of one device's epoch."""
+
+    name: DeviceName
+    epoch: str
+    lane: Lane
 
 
 @dataclass(frozen=True)

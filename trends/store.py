@@ -15,9 +15,12 @@ from trends.databases import Postgres
 from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
+from trends.ledger import Ledger
 from trends.queries.engine import Engine
 from trends.query import Queries
 from trends.quota import Quota
+from trends.read_back import ReadBack
+from trends.sender import Forward, Sender
 from trends.tables import Tables
 from trends.upkeep import Retention, Upkeep
 
@@ -39,6 +42,7 @@ class Store:
         self.folder = folder
         self.enrollment = read_enrollment(folder)
         self._shared = bool(journal)
+        self._journal_url = journal
         self._repaired = False
         self.journal = Journal(Postgres(journal) if journal else folder / "journal.db")
         self.tables = Tables(folder / "tables", self.journal)
@@ -56,8 +60,13 @@ class Store:
         ready: threading.Event,
         retention: Retention | None = None,
         quota: Quota | None = None,
+        forward: Forward | None = None,
+        central: bool = False,
     ) -> None:
         """Ingest until `stop`; rows move to the tables every few seconds and at the end.
+
+        `forward` says where to what the sites' policy allows goes, `central` that other stores may forward to
+        this one.
 
         Raises Conflict when another process serves this folder, EdgewardError for a table that a power cut
         has left as only a person can decide.
@@ -73,7 +82,9 @@ class Store:
                 self.tables.repair()
                 self._repaired = True
             identity = Identity(self.folder, clock)
-            ingest = Ingest(self.journal, identity.anchor, identity.store.sites, clock, quota)
+            ingest = Ingest(
+                self.journal, identity.anchor, identity.store.sites, clock, quota, central=central
+            )
             ingest.denied = identity.denied
             broker = Broker(broker_url or self.enrollment.broker)
             ingester = Ingester(
@@ -83,28 +94,52 @@ class Store:
                 identity.signer,
                 identity.store.name,
                 share=f"edgeward-{self.journal.identity}" if self._shared else "",
+                central=central,
             )
+            sender = self._sender(forward, identity, clock) if forward is not None else None
 
             def changed(fresh: Identity) -> None:
                 ingester.sign_as(fresh.signer)
                 ingest.denied = fresh.denied
+                if sender is not None:
+                    sender.changed(fresh)
 
-            threading.Thread(
-                target=identity.keep_fresh, args=(stop, changed), name="renewal", daemon=True
-            ).start()
             ingester.start()
             ready.set()
             try:
+                if sender is not None:
+                    sender.start()
+                also = sender.chores(identity) if sender is not None else ()
+                threading.Thread(
+                    target=identity.keep_fresh, args=(stop, changed, also), name="renewal", daemon=True
+                ).start()
                 self._flush_until(
                     stop, ingest, Upkeep(self.tables, retention or Retention(), scratch=self.folder), clock
                 )
             finally:
+                if sender is not None:
+                    sender.stop()
                 ingester.stop()
                 if self.journal.leads():
                     self.tables.flush()
                 log.info("ingested: %s", dict(ingest.counts))
         finally:
             os.close(lock)
+
+    @property
+    def forwards(self) -> bool:
+        """Whether anything was ever forwarded from here."""
+        return self._shared or (self.folder / "forward.db").exists()
+
+    def ledger(self, clock: Clock) -> Ledger:
+        """What is known about forwarding, where the journal is."""
+        database = Postgres(self._journal_url) if self._shared else self.folder / "forward.db"
+        return Ledger(database, clock.now())
+
+    def _sender(self, forward: Forward, identity: Identity, clock: Clock) -> Sender:
+        return Sender(
+            forward, ReadBack(self.tables, self.journal), self.journal, self.ledger(clock), identity, clock
+        )
 
     def _flush_until(self, stop: threading.Event, ingest: Ingest, upkeep: Upkeep, clock: Clock) -> None:
         waited, kept_up = 0.0, clock.monotonic() - UPKEEP_SECONDS

@@ -9,8 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from controller import residency
 from controller.api.access import (
     Device,
+    Documents,
     RenewingDevice,
     Service,
     SmallBody,
@@ -24,6 +26,7 @@ from controller.store import records
 from edgeward.errors import Forbidden, InvalidDocument, TrustError
 from edgeward.wire import topics
 from edgeward.wire.enrollment import EnrollPending, EnrollRequest, RenewRequest
+from edgeward.wire.residency import MAX_DECISIONS, MAX_SPANS, Decisions
 
 router = APIRouter()
 
@@ -97,6 +100,26 @@ def signed_time(controller: Service, nonce: str = "") -> Response:
 def denied(controller: Service, who: Device) -> Response:
     """The signed deny-list: what a trend store must refuse, which gets its rows from a broker."""
     return Response(controller.signed_denied(), media_type="application/json")
+
+
+@router.get("/device/v1/residency")
+def residency_policy(controller: Service, who: Device) -> Response:
+    """What may leave the asking trend store's sites, signed."""
+    return Response(
+        controller.signed_residency(residency.store_of(who.identity)), media_type="application/json"
+    )
+
+
+@router.post("/device/v1/residency/decisions")
+def residency_decisions(controller: Service, who: Device, body: Documents) -> Response:
+    """What a trend store decided by its policy: audit records."""
+    store = residency.store_of(who.identity)
+    decisions = decode(body, Decisions).decisions
+    if len(decisions) > MAX_DECISIONS or any(len(each.spans) > MAX_SPANS for each in decisions):
+        raise InvalidDocument(f"more than {MAX_DECISIONS} decisions", source="request", field="decisions")
+    with controller.store.writing() as session:
+        new = residency.accept(session, store, decisions, controller.clock.now())
+    return answer({"new": new})
 
 
 @router.post("/device/v1/messages")

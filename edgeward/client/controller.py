@@ -12,6 +12,7 @@ from edgeward.client.transport import Transport
 from edgeward.errors import InvalidDocument, NotFound
 from edgeward.storage import sha256_file
 from edgeward.wire.enrollment import EnrollPending, EnrollRequest, EnrollResponse, RenewRequest
+from edgeward.wire.residency import Decisions
 from edgeward.wire.resources import Resource, kind_of
 
 T = TypeVar("T")
@@ -237,6 +238,14 @@ class DeviceClient:
     def denied(self) -> bytes:
         """The signed deny-list (DSSE)."""
         return self.http.request("GET", "/device/v1/denied").content
+
+    def residency(self) -> bytes:
+        """What may leave the sites of the trend store that asks (DSSE over ResidencyPolicy)."""
+        return self.http.request("GET", "/device/v1/residency").content
+
+    def report_decisions(self, decisions: Decisions) -> None:
+        """A trend store's residency decisions, for the audit records; those reported before are known."""
+        self.http.request("POST", "/device/v1/residency/decisions", json=msgspec.to_builtins(decisions))
 
     def renew(self, request: RenewRequest) -> EnrollResponse:
         answer = self.http.request("POST", "/device/v1/renew", json=msgspec.to_builtins(request))

@@ -42,11 +42,21 @@ class Metadata(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults
 
 
 class Residency(SpecStruct, frozen=True):
-    """Which lanes may leave the site towards the cloud. Raw inputs stay by default."""
+    """What may leave the site's trend store towards a central one. Raw inputs stay by default.
+
+    `forward` names the lanes. Of trend rows, those whose series matches one of the patterns `series`
+    (`output:*`, fnmatch) go; what sums up inputs (`feature:` series) goes as `inputs` says: `moments` is without
+    single values (least, greatest, sketch) and only for `least_samples` or more, `full` as it is. `redact`
+    empties columns of other rows: `key`, or `source` (the sensor's own epoch and sequence number).
+    """
 
     forward: list[Literal["alarm", "result", "trend", "sample"]] = msgspec.field(
         default_factory=lambda: ["trend"]
     )
+    series: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    inputs: Literal["moments", "full"] = "moments"
+    least_samples: Positive = 10
+    redact: list[Literal["key", "source"]] = msgspec.field(default_factory=lambda: ["key"])
 
 
 class SiteSpec(SpecStruct, frozen=True):
@@ -293,6 +303,11 @@ def _check(spec: SpecStruct) -> None:
                 check_name(slot, "spec.shadows")
                 check_name(shadow.model, f"spec.shadows.{slot}.model")
         case SiteSpec():
+            for index, pattern in enumerate(spec.residency.series):
+                if not pattern:
+                    raise InvalidDocument(
+                        "expected a pattern like output:*", field=f"spec.residency.series[{index}]"
+                    )
             check_schedule(spec.delivery.schedule, "spec.delivery.schedule")
             check_schedule(spec.maintenance, "spec.maintenance")
         case DeviceSpec():

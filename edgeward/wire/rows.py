@@ -207,5 +207,8 @@ def split_rows(data: bytes) -> list[bytes]:
 
 
 #: Why a row is lost: `thinned` (every n-th was kept) and `merged` (its numbers are in a coarser trend row) under
-#: pressure, `budget` when that was not enough, `disk-full` when it could not be written.
-GapReason = Literal["budget", "corruption", "disk-full", "merged", "store-lost", "thinned", "time-to-live"]
+#: pressure, `budget` when that was not enough, `disk-full` when it could not be written, `residency` (it stays
+#: at its site) in a central store only.
+GapReason = Literal[
+    "budget", "corruption", "disk-full", "merged", "residency", "store-lost", "thinned", "time-to-live"
+]

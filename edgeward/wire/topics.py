@@ -16,6 +16,7 @@ ALL_STATUS = f"{PREFIX}/+/+/status"
 ALL_REPORTED = f"{PREFIX}/+/+/reported"
 ALL_REPORT = f"{PREFIX}/+/+/report"
 ALL_UP = f"{PREFIX}/+/+/up/+"
+ALL_FORWARD = f"{PREFIX}/+/+/forward/+"
 
 
 def root(name: DeviceName) -> str:
@@ -46,6 +47,20 @@ def ack(name: DeviceName, lane: Lane) -> str:
     return f"{root(name)}/ack/{lane}"
 
 
+def forward(name: DeviceName, lane: Lane) -> str:
+    """Batches of a device's rows from its site's trend store to a central one, which signs nothing as the device."""
+    return f"{root(name)}/forward/{lane}"
+
+
+def forwarded(name: DeviceName, lane: Lane) -> str:
+    """Acks of the central trend store for `forward`."""
+    return f"{root(name)}/forwarded/{lane}"
+
+
+def all_forwarded(site: str) -> str:
+    return f"{PREFIX}/{site}/+/forwarded/+"
+
+
 class Parsed(NamedTuple):
     name: DeviceName
     channel: str
@@ -53,7 +68,7 @@ class Parsed(NamedTuple):
 
 
 def parse(topic: str) -> Parsed:
-    """Split a device topic into its device, its channel and, for `up` and `ack`, its lane.
+    """Split a device topic into its device, its channel and its lane, where it has one.
 
     Raises InvalidDocument when it is not one of the topics above.
     """
@@ -62,7 +77,7 @@ def parse(topic: str) -> Parsed:
         raise InvalidDocument("not an Edgeward topic", source=topic[:200])
     name = DeviceName(check_name(parts[2], "site"), check_name(parts[3], "device"))
     channel, rest = parts[4], parts[5:]
-    if channel in ("up", "ack") and len(rest) == 1:
+    if channel in ("up", "ack", "forward", "forwarded") and len(rest) == 1:
         for lane in LANES:
             if rest[0] == lane:
                 return Parsed(name, channel, lane)

@@ -17,7 +17,7 @@ from trends.completeness import lanes
 from trends.databases import Postgres
 from trends.journal import MAX_QUARANTINED, Journal
 from trends.query import Queries
-from trends.sequence import Settled, decide
+from trends.sequence import SequenceId, Settled, decide
 from trends.tables import Tables
 
 NAME = DeviceName("north", "a")
@@ -66,6 +66,13 @@ def test_what_a_transaction_wrote_is_there_and_what_it_did_not_end_is_not(journa
     assert (stored.first_seq, stored.count, stored.site, stored.rows) == (0, 5, "north", rows(0, 5))
     (gap,) = journal.waiting_gaps(10)
     assert (gap.first_seq, gap.last_seq, gap.count, gap.reason) == (7, 8, 2, "budget\ufffdof a sender")
+    sequence = SequenceId(NAME, "e", "result")
+    assert journal.positions() == {sequence: Settled(5, [(7, 8)])}
+    for span, found in (((4, 9), 1), ((0, 0), 1), ((5, 9), 0)):
+        assert len(journal.find(sequence, span)) == found
+        assert journal.find(sequence._replace(epoch="f"), span) == []
+    for span, found in (((8, 9), 1), ((0, 7), 1), ((9, 9), 0), ((0, 6), 0)):
+        assert len(journal.find_gaps(sequence, span)) == found
     assert journal.quarantined() == [("topic\ufffd", None, "reason\ufffd")]
     assert journal.certificate("key") == b"\0der" and journal.certificate("other") is None
     assert journal.count() == 5 and journal.leads()
