@@ -145,7 +145,7 @@ class Upkeep:
         for day in worth_sorting(data_files(opened), today, self._limits):
             if now - self._sorted_at.get(day, -DAY) < DAY:
                 continue
-            sort_apart(self._tables.uri(table), day, self._scratch, self._limits.target_bytes, {MARK: "1"})
+            sort_apart(self._tables.uri(table), day, self._scratch, {MARK: "1"})
             self._tables.settle(table)
             self._sorted_at[day] = now
             opened.update_incremental()

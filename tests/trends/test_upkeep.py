@@ -286,3 +286,35 @@ def files_of(plant: Plant) -> list[DataFile]:
     opened, _ = plant.tables.snapshot("trends")
     assert opened is not None
     return data_files(opened)
+
+
+@pytest.mark.parametrize("change", ["lacks a column", "has one more", "loses a row"])
+def test_a_day_is_not_sorted_at_the_price_of_a_row_or_a_column(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """In this process: what the sort finds there is what matters."""
+    from trends import schemas, sorting
+
+    whole = schemas.SCHEMAS["trends"]
+    if change == "lacks a column":
+        monkeypatch.setitem(schemas.SCHEMAS, "trends", whole.remove(whole.get_field_index("sketch")))
+    for minute in (3, 1):
+        plant.put(plant.trend(minute, [1.0]))
+    monkeypatch.setitem(schemas.SCHEMAS, "trends", whole)
+    root, before = plant.tables.uri("trends"), len(files_of(plant))
+    if change == "has one more":
+        monkeypatch.setitem(schemas.SCHEMAS, "trends", whole.remove(whole.get_field_index("sketch")))
+    if change == "loses a row":
+        monkeypatch.setattr(sorting, "_write", lambda *_: (1, {}))
+    scratch = plant.folder / "scratch"
+    scratch.mkdir()
+    if change == "lacks a column":
+        sorting.sort_day(root, "2026-03-02", str(scratch), {})
+        assert len(files_of(plant)) == 1
+    else:
+        with pytest.raises(EdgewardError, match=r"columns|rows"):
+            sorting.sort_day(root, "2026-03-02", str(scratch), {})
+        assert len(files_of(plant)) == before
+    assert plant.engine is not None and plant.journal.count() == 0
+    opened, _ = plant.tables.snapshot("trends")
+    assert opened is not None and opened.to_pyarrow_table().num_rows == 2
