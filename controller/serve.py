@@ -21,7 +21,7 @@ from edgeward.errors import EdgewardError, MissingDependency, UsageError
 from edgeward.mqtt import Broker
 
 if TYPE_CHECKING:
-    from controller.artifacts.s3_settings import S3Settings
+    from edgeward.object_store import S3Settings
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def serve(
 def _s3(address: str, credentials: Path | None) -> S3Settings:
     """Raises MissingDependency, and what `settings_from` raises."""
     try:
-        from controller.artifacts.s3_settings import settings_from
+        from edgeward.object_store import settings_from
     except ImportError as error:
         raise MissingDependency(
             f"artifacts in S3 need {error.name}", hint="pip install 'edgeward[controller,s3]'"

@@ -45,7 +45,7 @@ from edgeward.wire.signed_time import SignedTime, check_nonce
 from edgeward.wire.signed_time import encode as encode_time
 
 if TYPE_CHECKING:
-    from controller.artifacts.s3_settings import S3Settings
+    from edgeward.object_store import S3Settings
 
 log = logging.getLogger(__name__)
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import BaseError
 
-from controller.artifacts.s3 import S3Artifacts, reason, translated
+from controller.artifacts.s3 import S3Artifacts
 from edgeward.client.transport import signed_get
 from edgeward.errors import EdgewardError, Unavailable
+from edgeward.object_store import check_kept, read_object, refuses, translated
 
 log = logging.getLogger(__name__)
 
 _HINT = "use a store that can, or leave --artifacts out: then artifacts lie in the data folder"
+_DANGER = "released models could be overwritten"
 _FIRST, _SECOND = b"edgeward probe: written first", b"edgeward probe: must not replace it"
 
 
@@ -30,20 +31,17 @@ def probe(artifacts: S3Artifacts) -> None:
     settings, bucket = artifacts.settings, artifacts.bucket
     key, other = (f"probe/{secrets.token_hex(16)}" for _ in range(2))
     try:
+        check_kept(bucket, settings, key, _FIRST, danger=_DANGER, hint=_HINT)
         with translated(settings, "write to"):
-            obstore.put(bucket, key, _FIRST, mode="create")
             obstore.put(bucket, other, _SECOND, use_multipart=True)
-        if _read(artifacts, key) != _FIRST:
-            raise EdgewardError(f"{settings.shown} does not give back what was written", hint=_HINT)
-        _refuses(
-            artifacts, "PUT with If-None-Match", lambda: obstore.put(bucket, key, _SECOND, mode="create")
-        )
-        _refuses(
-            artifacts,
+        refuses(
+            settings,
             "CompleteMultipartUpload with If-None-Match",
             lambda: obstore.copy(bucket, other, key, overwrite=False),
+            danger=_DANGER,
+            hint=_HINT,
         )
-        if _read(artifacts, key) != _FIRST:
+        if read_object(bucket, settings, key) != _FIRST:
             raise EdgewardError(
                 f"{settings.shown} has overwritten an object that it said it kept", hint=_HINT
             )
@@ -53,25 +51,6 @@ def probe(artifacts: S3Artifacts) -> None:
             with suppress(BaseError, FileNotFoundError):
                 obstore.delete(bucket, each)
     log.info("%s keeps artifacts: conditional writes and signed URLs work", settings.shown)
-
-
-def _read(artifacts: S3Artifacts, key: str) -> bytes | None:
-    with translated(artifacts.settings, "read from"):
-        try:
-            return bytes(obstore.get(artifacts.bucket, key).bytes())
-        except FileNotFoundError:
-            return None
-
-
-def _refuses(artifacts: S3Artifacts, what: str, write: Callable[[], object]) -> None:
-    shown = artifacts.settings.shown
-    try:
-        write()
-    except AlreadyExistsError:
-        return
-    except BaseError as error:
-        raise EdgewardError(f"{shown} does not know {what}: {reason(error)}", hint=_HINT) from None
-    raise EdgewardError(f"{shown} ignores {what}: released models could be overwritten", hint=_HINT)
 
 
 def _check_signed(artifacts: S3Artifacts, key: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import secrets
 import threading
 from collections import Counter, OrderedDict
@@ -22,11 +21,11 @@ from pathlib import Path
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from controller.artifacts.s3_settings import S3Settings
 from controller.artifacts.store import MAX_ARTIFACT_BYTES, Remote, Upload
 from edgeward.clock import Clock
 from edgeward.errors import Conflict, DigestMismatch, NotFound, Unavailable
 from edgeward.identifiers import check_digest
+from edgeward.object_store import S3Settings, translated
 from edgeward.storage import fsync_folder, sha256_hex
 
 log = logging.getLogger(__name__)
@@ -42,35 +41,6 @@ LEFT_AFTER = 86400.0
 #: Whose sizes are remembered: an object does not change.
 _KNOWN = 100_000
 _CHUNK = 1 << 20
-
-
-@contextmanager
-def translated(settings: S3Settings, what: str) -> Iterator[None]:
-    """Raises Unavailable for what S3 refuses or does not answer. FileNotFoundError and AlreadyExistsError pass."""
-    try:
-        yield
-    except AlreadyExistsError:
-        raise
-    except BaseError as error:
-        raise Unavailable(
-            f"cannot {what} {settings.shown}: {reason(error)}",
-            hint="are endpoint, bucket and keys right? `edgeward up --help` says where they come from",
-        ) from None
-
-
-def reason(error: BaseException) -> str:
-    """What S3 said, without addresses, request numbers and the library's own account of it."""
-    text = str(error)
-    said = re.search(r"<Code>(\w{1,64})</Code>\s*<Message>([^<]{0,300})", text)
-    if said:
-        return f"{said[1]}: {said[2]}"
-    status = re.search(r"status code: (\d{3}[ A-Za-z]{0,40})", text)
-    if status:
-        return f"it answered {status[1]}"
-    if "dns error" in text:
-        return "its name cannot be resolved"
-    system = re.search(r'message: "([^"]{1,100})"', text)
-    return system[1] if system else text.partition("\n")[0].rpartition(": ")[2][:200]
 
 
 class S3Artifacts:

@@ -18,7 +18,6 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 
 from controller.api.app import build
-from controller.artifacts.s3_settings import S3Settings
 from controller.downloads import Downloads, Limits
 from controller.identity import RENEWAL_GRACE
 from controller.service import Controller, Settings
@@ -29,6 +28,7 @@ from edgeward.client.transport import Transport
 from edgeward.clock import Clock, SystemClock
 from edgeward.identifiers import DeviceName
 from edgeward.mqtt import Broker, Link
+from edgeward.object_store import S3Settings
 from edgeward.storage import sha256_hex
 from edgeward.trust import certificates, keys, tokens
 from edgeward.trust.keys import SigningIdentity

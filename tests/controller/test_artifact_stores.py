@@ -13,9 +13,9 @@ import pytest
 from controller.artifacts import Artifacts, FolderArtifacts, Remote, need, read
 from controller.artifacts import s3 as s3_module
 from controller.artifacts.s3 import S3Artifacts
-from controller.artifacts.s3_settings import settings_from
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import Conflict, DigestMismatch, InvalidDocument, NotFound, Unavailable
+from edgeward.object_store import settings_from
 from edgeward.storage import sha256_hex
 from tests.servers.s3 import SECRET_KEY, S3Server
 

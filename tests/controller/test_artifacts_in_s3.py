@@ -21,12 +21,12 @@ import pytest
 
 from agent import delta
 from agent.fetch import BlobStore
-from controller.artifacts.s3_settings import S3Settings, settings_from
 from controller.downloads import Limits as Cap
 from edgeward.client.bundle import export
 from edgeward.client.transport import Transport
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import DigestMismatch, EdgewardError, NotFound, Unavailable
+from edgeward.object_store import S3Settings, settings_from
 from edgeward.storage import sha256_hex
 from edgeward.wire.package import Blob
 from tests.servers.s3 import SECRET_KEY, S3Server

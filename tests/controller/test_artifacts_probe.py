@@ -13,10 +13,10 @@ import pytest
 
 from controller.artifacts.probe import probe
 from controller.artifacts.s3 import S3Artifacts
-from controller.artifacts.s3_settings import settings_from
 from edgeward.broker import free_port
 from edgeward.clock import SystemClock
 from edgeward.errors import EdgewardError, Unavailable
+from edgeward.object_store import settings_from
 from tests.servers import lax_s3
 from tests.servers.s3 import SECRET_KEY, S3Server
 
