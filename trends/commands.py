@@ -83,6 +83,20 @@ def serve(
     accept_forwarded: Annotated[
         bool, typer.Option(help="Be a central store: take what the sites' trend stores forward.")
     ] = False,
+    tables: Annotated[
+        str,
+        typer.Option(
+            metavar="s3://BUCKET[/PREFIX]",
+            help="Keep the tables in S3. Remembered; endpoint, region and keys: the AWS_ variables.",
+        ),
+    ] = "",
+    tables_credentials: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="AWS_SHARED_CREDENTIALS_FILE",
+            help="A file like ~/.aws/credentials with the keys, mode 0600; AWS_PROFILE chooses the section.",
+        ),
+    ] = None,
 ) -> None:
     """Take in what the devices send, acknowledge it once it is durable, and keep the tables.
 
@@ -90,6 +104,8 @@ def serve(
 
     With --forward-to, what the Sites' `residency` allows also goes to a central store, which is one of these
     with --accept-forwarded; see docs/forwarding.md.
+
+    With `--tables s3://bucket/prefix` once, they lie there from then on (docs/storage.md).
 
     Several of these share the work when each is enrolled in a folder of its own and EDGEWARD_TRENDS_JOURNAL
     names one PostgreSQL database for all: postgresql://user@host:5432/database, the password in PGPASSFILE.
@@ -100,7 +116,7 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     retention = parse_retention(keep or [])
-    store = open_store(folder)
+    store = open_store(folder, tables, tables_credentials)
     stop, ready = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

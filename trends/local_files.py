@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -35,6 +36,13 @@ class LocalFolder:
 
     options: dict[str, str] | None = None
 
+    def check(self) -> None:
+        """A folder takes tables."""
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """What a disk refuses is an OSError, and stays one."""
+        return nullcontext()
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +50,7 @@ class LocalFolder:
     def uri(self, table: str) -> str:
         return str(self._folder / table)
 
-    def settle(self, table: str, done: int) -> int:
+    def settle(self, table: str, done: int, seen: int) -> int:  # the folder is looked at
         """Make what was committed after version `done` outlast a power cut; the newest version.
 
         Raises OSError when the disk does not take it.

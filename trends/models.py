@@ -88,25 +88,26 @@ class Models:
         return found
 
     def write(self, rows: pa.Table) -> None:
-        """Replace the dimension. Raises OSError, DeltaError."""
-        write_deltalake(
-            self._tables.uri(TABLE),
-            rows,
-            mode="overwrite",
-            schema_mode="overwrite",
-            storage_options=self._tables.options,
-            post_commithook_properties=NO_HOOKS,
-        )
-        self._tables.settle(TABLE)
-        opened, _ = self._tables.snapshot(TABLE)
-        if opened is not None:
-            opened.vacuum(
-                retention_hours=VACUUM_HOURS,
-                dry_run=False,
-                enforce_retention_duration=False,
+        """Replace the dimension. Raises Unavailable, OSError, DeltaError."""
+        with self._tables.guarded():
+            write_deltalake(
+                self._tables.uri(TABLE),
+                rows,
+                mode="overwrite",
+                schema_mode="overwrite",
+                storage_options=self._tables.options,
                 post_commithook_properties=NO_HOOKS,
             )
             self._tables.settle(TABLE)
+            opened, _ = self._tables.snapshot(TABLE)
+            if opened is not None:
+                opened.vacuum(
+                    retention_hours=VACUUM_HOURS,
+                    dry_run=False,
+                    enforce_retention_duration=False,
+                    post_commithook_properties=NO_HOOKS,
+                )
+                self._tables.settle(TABLE)
 
 
 def dimension(seen: list[dict[str, Any]], known: pa.Table, manifests: Mapping[str, Manifest]) -> pa.Table:

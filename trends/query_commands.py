@@ -40,12 +40,14 @@ def _need_extra() -> None:
 JOURNAL = "EDGEWARD_TRENDS_JOURNAL"
 
 
-def open_store(folder: Path) -> Store:
-    """Raises MissingDependency, NotFound."""
+def open_store(folder: Path, tables: str = "", credentials: Path | None = None) -> Store:
+    """`tables` as of `edgeward trends serve`; empty: where they have been. Raises MissingDependency, NotFound."""
     _need_extra()
+    from trends.places import place_of
     from trends.store import Store
 
-    return Store(folder, journal=os.environ.get(JOURNAL, ""))
+    place = place_of(folder, os.environ, tables, credentials)
+    return Store(folder, journal=os.environ.get(JOURNAL, ""), place=place)
 
 
 def query(

@@ -9,19 +9,20 @@ import threading
 from pathlib import Path
 
 from edgeward.clock import Clock
-from edgeward.errors import Conflict
+from edgeward.errors import Conflict, Unavailable
 from edgeward.mqtt import Broker
 from trends.databases import Postgres
 from trends.identity import Identity, read_enrollment
 from trends.ingest import Ingest, Ingester
 from trends.journal import Journal
 from trends.ledger import Ledger
+from trends.places import place_of, read_remembered
 from trends.queries.engine import Engine
 from trends.query import Queries
 from trends.quota import Quota
 from trends.read_back import ReadBack
 from trends.sender import Forward, Sender
-from trends.tables import Tables
+from trends.tables import Place, Tables
 from trends.upkeep import Retention, Upkeep
 
 log = logging.getLogger(__name__)
@@ -34,18 +35,21 @@ UPKEEP_SECONDS = 3600.0
 class Store:
     """Opens what `enroll` has made. Raises NotFound when there is nothing."""
 
-    def __init__(self, folder: Path, *, journal: str = "") -> None:
+    def __init__(self, folder: Path, *, journal: str = "", place: Place | None = None) -> None:
         """`journal` is the address of a PostgreSQL database that several ingesters share; empty: a file here.
+        `place` is where the tables lie; None: where they have been.
 
-        Raises UsageError, Unavailable, MissingDependency for a journal that cannot be used.
+        Raises UsageError, Unavailable, MissingDependency for a journal or a place that cannot be used.
         """
         self.folder = folder
         self.enrollment = read_enrollment(folder)
         self._shared = bool(journal)
         self._journal_url = journal
-        self._repaired = False
+        self._checked = self._repaired = False
+        self._served_from_here = read_remembered(folder) is not None
+        place = place or place_of(folder, os.environ)
         self.journal = Journal(Postgres(journal) if journal else folder / "journal.db")
-        self.tables = Tables(folder / "tables", self.journal)
+        self.tables = Tables(place, self.journal)
         self.queries = Queries(self.tables, self.journal)
         self.engine = Engine(self.tables, self.journal)
 
@@ -69,7 +73,8 @@ class Store:
         this one.
 
         Raises Conflict when another process serves this folder, EdgewardError for a table that a power cut
-        has left as only a person can decide.
+        has left as only a person can decide, and for a place that is not fit for tables. One that was and is
+        away now is waited for: rows stay in the journal.
         """
         lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -78,9 +83,12 @@ class Store:
             os.close(lock)
             raise Conflict(f"another process serves {self.folder}", hint="stop it first") from None
         try:
-            if self.journal.leads():
-                self.tables.repair()
-                self._repaired = True
+            try:
+                self._prepare()
+            except Unavailable as error:
+                if not self._served_from_here:
+                    raise
+                log.error("rows stay in the journal: %s", error)
             identity = Identity(self.folder, clock)
             ingest = Ingest(
                 self.journal, identity.anchor, identity.store.sites, clock, quota, central=central
@@ -121,7 +129,7 @@ class Store:
                     sender.stop()
                 ingester.stop()
                 if self.journal.leads():
-                    self.tables.flush()
+                    self._flush(ingest)
                 log.info("ingested: %s", dict(ingest.counts))
         finally:
             os.close(lock)
@@ -150,19 +158,29 @@ class Store:
                 continue
             if waited >= FLUSH_SECONDS or self.journal.count() >= FLUSH_ROWS:
                 waited = 0.0
-                try:
-                    if not self._repaired:  # another ingester led until now
-                        self.tables.repair()
-                        self._repaired = True
-                    moved = self.tables.flush()
-                except Exception as error:  # noqa: BLE001  # a full disk must not end ingest: rows stay in the journal
-                    log.error("cannot write the tables, rows stay in the journal: %s", error)
-                else:
-                    if moved:
-                        log.info("moved %d rows to the tables; %s", moved, dict(ingest.counts))
+                self._flush(ingest)
             if clock.monotonic() - kept_up >= UPKEEP_SECONDS:
                 kept_up = clock.monotonic()
                 try:
                     upkeep.run(clock.now())
                 except Exception as error:  # noqa: BLE001  # nor must this: it is tried again within the hour
                     log.error("cannot keep the tables up: %s", error)
+
+    def _prepare(self) -> None:
+        """Before the first write, and again when another ingester has led since."""
+        if not self._checked:
+            self.tables.check()
+            self._checked = True
+        if not self._repaired and self.journal.leads():
+            self.tables.repair()
+            self._repaired = True
+
+    def _flush(self, ingest: Ingest) -> None:
+        try:
+            self._prepare()
+            moved = self.tables.flush()
+        except Exception as error:  # noqa: BLE001  # a full disk must not end ingest: rows stay in the journal
+            log.error("cannot write the tables, rows stay in the journal: %s", error)
+        else:
+            if moved:
+                log.info("moved %d rows to the tables; %s", moved, dict(ingest.counts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
+from edgeward.errors import Conflict
 from edgeward.wire.topics import LANES, Lane
 from trends.columns import gaps_to_arrow, to_arrow
 from trends.journal import Journal
@@ -35,8 +37,17 @@ class Place(Protocol):
 
     def uri(self, table: str) -> str: ...
 
-    def settle(self, table: str, done: int) -> int:
-        """Make what was committed after version `done` outlast a power cut; the newest version."""
+    def check(self) -> None:
+        """Whether it is fit for tables. Raises Unavailable when it is away, EdgewardError when it is not."""
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Where another machine answers: raises Unavailable, without secrets, for what it refuses or does not."""
+
+    def settle(self, table: str, done: int, seen: int) -> int:
+        """Make what was committed after version `done` outlast a power cut; the version up to which all does.
+
+        `seen` is a version that is known to be there.
+        """
 
     def settle_checkpoint(self, table: str) -> None:
         """Make the newest checkpoint outlast a power cut."""
@@ -55,6 +66,13 @@ class Tables:
         self._journal = journal
         self._between = between
 
+    def check(self) -> None:
+        """Raises Unavailable when their place is away, EdgewardError when it is not fit for them."""
+        self._place.check()
+
+    def guarded(self) -> AbstractContextManager[None]:
+        return self._place.guarded()
+
     def repair(self) -> None:
         """To be called once before the first flush. Raises EdgewardError, with what a person must do."""
         for table in (*PARTITIONS, "models"):
@@ -70,77 +88,120 @@ class Tables:
     def flush(self, limit: int = 100_000) -> int:
         """Move all waiting rows, about `limit` per commit; returns how many moved.
 
-        While one part is being written, the next is read and turned into columns.
+        While one part is being written, the next is read and turned into columns. A table is opened once, before
+        its rows are read, and each commit is one on top of what was seen then: another ingester that has
+        come to lead meanwhile makes it fail. Raises Unavailable, OSError, DeltaError.
         """
         moved = 0
         with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
             for lane in LANES:
+                if not self._journal.waiting(lane, 1):
+                    continue  # in S3, to look at a table costs requests
                 table = TABLE_OF[lane]
-                self._forget_moved(table, lambda last, lane=lane: self._journal.forget_rows(lane, last))  # type: ignore[misc]  # mypy cannot infer a default
-                writing: Future[None] | None = None
+                opened = self._forget_moved(
+                    table,
+                    lambda last, lane=lane: self._journal.forget_rows(lane, last),  # type: ignore[misc]  # mypy cannot infer a default
+                )
+                writing: Future[DeltaTable] | None = None
                 last = 0
                 while stored := self._journal.waiting(lane, limit, last):
                     rows, last = to_arrow(lane, stored), stored[-1].id
                     if lane == "trend":
                         rows = sorted_trends(rows)
                     if writing is not None:
-                        writing.result()
-                    writing = pool.submit(self._move_lane, lane, rows, last)
+                        opened = writing.result()
+                    writing = pool.submit(self._move_lane, lane, rows, last, opened)
                     moved += rows.num_rows
                 if writing is not None:
                     writing.result()
-        self._forget_moved("gaps", self._journal.forget_gaps)
+        opened = (
+            self._forget_moved("gaps", self._journal.forget_gaps) if self._journal.waiting_gaps(1) else None
+        )
         while gaps := self._journal.waiting_gaps(limit):
-            self._move("gaps", gaps_to_arrow(gaps), gaps[-1].id)
+            opened = self._move("gaps", gaps_to_arrow(gaps), gaps[-1].id, opened)
             self._journal.forget_gaps(gaps[-1].id)
             moved += len(gaps)
         return moved
 
-    def _move_lane(self, lane: Lane, rows: pa.Table, last: int) -> None:
-        self._move(TABLE_OF[lane], rows, last)
+    def _move_lane(self, lane: Lane, rows: pa.Table, last: int, opened: DeltaTable | None) -> DeltaTable:
+        opened = self._move(TABLE_OF[lane], rows, last, opened)
         self._journal.forget_rows(lane, last)
         self._between("forgotten")
+        return opened
 
-    def _forget_moved(self, table: str, forget: Callable[[int], None]) -> None:
+    def _forget_moved(self, table: str, forget: Callable[[int], None]) -> DeltaTable | None:
         """Finish what a crash interrupted: rows that the table holds already leave the journal."""
-        _, done = self.snapshot(table)
+        opened, done = self.snapshot(table)
         if done:
-            self.settle(table)
+            self.settle(table, opened)
             forget(done)
+        return opened
 
     def snapshot(self, table: str) -> tuple[DeltaTable | None, int]:
-        """The table as it is now and the last journal id that it holds; (None, 0) before its first commit."""
-        try:
-            opened = DeltaTable(self.uri(table), storage_options=self.options)
-        except TableNotFoundError:
-            return None, 0
-        return opened, int(opened.transaction_version(self._app(table)) or 0)
+        """The table as it is now and the last journal id that it holds; (None, 0) before its first commit.
+
+        Raises Unavailable, OSError.
+        """
+        with self.guarded():
+            try:
+                opened = DeltaTable(self.uri(table), storage_options=self.options)
+            except TableNotFoundError:
+                return None, 0
+            return opened, int(opened.transaction_version(self._app(table)) or 0)
 
     def _app(self, table: str) -> str:
         return f"edgeward-journal-{self._journal.identity}-{table}"
 
-    def _move(self, table: str, rows: pa.Table, last_id: int) -> None:
-        write_deltalake(
-            self.uri(table),
-            rows,
-            mode="append",
-            schema_mode="merge",  # a table from an older store gets the columns that came since
-            partition_by=PARTITIONS[table] or None,
-            storage_options=self.options,
-            writer_properties=WRITER,
-            commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
-            post_commithook_properties=NO_HOOKS,
-        )
+    def _move(self, table: str, rows: pa.Table, last_id: int, opened: DeltaTable | None) -> DeltaTable:
+        """Commit on top of `opened`, which holds none of these rows; None: there was no table.
+
+        Raises DeltaError, or Conflict, when another ingester has stored them since: nothing is stored then.
+        """
+        if opened is None:
+            opened = self._made(table, rows.schema)
+        with self.guarded():
+            write_deltalake(
+                opened,
+                rows,
+                mode="append",
+                schema_mode="merge",  # a table from an older store gets the columns that came since
+                partition_by=PARTITIONS[table] or None,
+                writer_properties=WRITER,
+                commit_properties=CommitProperties(app_transactions=[Transaction(self._app(table), last_id)]),
+                post_commithook_properties=NO_HOOKS,
+            )
         self._between("committed")
-        self.settle(table)
+        self.settle(table, opened)
         self._between("synced")
+        return opened
+
+    def _made(self, table: str, schema: pa.Schema) -> DeltaTable:
+        """The table, made when it is missing. Of two that make it with rows in it, both would be taken: so it is
+        made without, and looked at again."""
+        with self.guarded():
+            DeltaTable.create(
+                self.uri(table),
+                schema,
+                mode="ignore",
+                partition_by=PARTITIONS[table] or None,
+                storage_options=self.options,
+            )
+        opened, done = self.snapshot(table)
+        if opened is None or done:
+            raise Conflict(
+                f"another ingester moves rows to table {table}",
+                hint="nothing is lost; it goes on by itself",
+            )
+        return opened
 
     def settle_checkpoint(self, table: str) -> None:
         self._place.settle_checkpoint(table)
 
-    def settle(self, table: str) -> None:
-        """What is committed outlasts a power cut when this returns."""
+    def settle(self, table: str, opened: DeltaTable | None = None) -> None:
+        """What is committed outlasts a power cut when this returns: to `opened`, or to the table as it is now."""
         done = self._journal.flushed(table)
-        version = self._place.settle(table, done)
+        if opened is None:
+            opened, _ = self.snapshot(table)
+        version = self._place.settle(table, done, opened.version() if opened is not None else done)
         if version != done:
             self._journal.set_flushed(table, version)

@@ -119,16 +119,17 @@ class Upkeep:
         self._scratch = scratch
 
     def run(self, now: float) -> None:
-        """All that is due. `now` is seconds since 1970. Raises OSError, DeltaError."""
+        """All that is due. `now` is seconds since 1970. Raises Unavailable, OSError, DeltaError."""
         for table in PARTITIONS:
             opened, _ = self._tables.snapshot(table)
             if opened is None:
                 continue
-            self._expire(table, opened, now)
-            if table == "trends" and self._tables.options is None:
-                self._sort(table, opened, now)
-            self._compact(table, opened)
-            self._sum_up(table)
+            with self._tables.guarded():
+                self._expire(table, opened, now)
+                if table == "trends" and self._tables.options is None:
+                    self._sort(table, opened, now)
+                self._compact(table, opened)
+                self._sum_up(table)
 
     def _expire(self, table: str, opened: DeltaTable, now: float) -> None:
         first = self._retention.first_day(table, now)
@@ -136,7 +137,7 @@ class Upkeep:
             return
         # A predicate on the partition only: files are dropped from the table, none is read.
         opened.delete(f"date < '{first}'", commit_properties=_OURS, post_commithook_properties=NO_HOOKS)
-        self._tables.settle(table)
+        self._tables.settle(table, opened)
         log.info("%s: days before %s are over their retention and removed", table, first)
 
     def _sort(self, table: str, opened: DeltaTable, now: float) -> None:
@@ -162,7 +163,7 @@ class Upkeep:
                 commit_properties=_OURS,
                 post_commithook_properties=NO_HOOKS,
             )
-            self._tables.settle(table)
+            self._tables.settle(table, opened)
             log.info(
                 "%s %s: %s files became %s",
                 table, day, figures.get("numFilesRemoved"), figures.get("numFilesAdded"),
@@ -185,7 +186,7 @@ class Upkeep:
             commit_properties=_OURS,
             post_commithook_properties=NO_HOOKS,
         )
-        self._tables.settle(table)
+        self._tables.settle(table, opened)
         self._summed_up[table] = opened.version()
 
 

@@ -59,12 +59,16 @@ class S3Server:
         self._folder = folder
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
+        self._ports: dict[str, int] = {}
         self.endpoint = ""
         self.environment: dict[str, str] = {}
 
     def start(self) -> None:
-        """Return once buckets can be made. Raises RuntimeError with the end of its log when it ends before."""
-        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        """Return once buckets can be made. Raises RuntimeError with the end of its log when it ends before.
+
+        After `stop`: on the same ports, with what was in it.
+        """
+        self._ports = ports = self._ports or dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         self.environment = {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -73,7 +77,7 @@ class S3Server:
             "AWS_ENDPOINT_URL_S3": self.endpoint,
         }
         data = self._folder / "data"
-        data.mkdir(parents=True)
+        data.mkdir(parents=True, exist_ok=True)
         config = self._folder / "s3.json"
         keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -135,7 +139,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.kill()  # SIGTERM would be waited for 10 s, and nothing of it is kept
+            self._process.kill()  # SIGTERM would be waited for 10 s
             self._process.wait()
             self._process = None
 

@@ -159,7 +159,8 @@ class Store:
             Stored(first + i, "north", "turbine-1", "e", first + i, 1, 0, join_rows([data]))
             for i, data in enumerate(rows)
         ]
-        self.tables._move("trends", to_arrow("trend", stored), self._count)
+        opened, _ = self.tables.snapshot("trends")
+        self.tables._move("trends", to_arrow("trend", stored), self._count, opened)
 
     def rollup(self, width: str = "1h") -> list[dict[str, object]]:
         answer: list[dict[str, object]] = self.queries.rollup(
