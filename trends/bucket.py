@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import obstore
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from obstore.exceptions import BaseError
 
-from edgeward.errors import Unavailable
+from edgeward.errors import Conflict, Unavailable
 from edgeward.object_store import S3Settings, check_kept, reason
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,18 @@ class Bucket:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Raises Unavailable for what S3 refuses or does not answer. TableNotFoundError passes."""
+        """Raises Conflict when another writer was first, Unavailable for what S3 refuses or does not answer.
+
+        TableNotFoundError passes.
+        """
         try:
             yield
         except TableNotFoundError:
             raise
+        except CommitFailedError as error:
+            raise Conflict(
+                f"the tables in {self.shown}: {reason(error)}", hint="nothing is lost; it is tried again"
+            ) from None
         except (DeltaError, OSError) as error:
             raise Unavailable(
                 f"the tables in {self.shown}: {reason(error)}",

@@ -69,6 +69,8 @@ def _bucket(
             f"tables in S3 need {error.name}", hint="pip install 'edgeward[trends,s3]'"
         ) from None
     found = dict(environment)
+    if credentials is None and (named := found.get("AWS_SHARED_CREDENTIALS_FILE")):
+        credentials = Path(named)
     if known is not None:
         if not any(found.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")):
             found["AWS_ENDPOINT_URL_S3"] = known.endpoint

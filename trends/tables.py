@@ -41,7 +41,8 @@ class Place(Protocol):
         """Whether it is fit for tables. Raises Unavailable when it is away, EdgewardError when it is not."""
 
     def guarded(self) -> AbstractContextManager[None]:
-        """Where another machine answers: raises Unavailable, without secrets, for what it refuses or does not."""
+        """Where another machine answers: raises Unavailable, without secrets, for what it refuses or does not, and
+        Conflict when another writer was first."""
 
     def settle(self, table: str, done: int, seen: int) -> int:
         """Make what was committed after version `done` outlast a power cut; the version up to which all does.

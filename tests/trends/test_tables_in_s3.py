@@ -220,6 +220,8 @@ def test_a_place_that_is_not_fit_is_refused_at_the_start_and_not_remembered(site
         keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         where = endpoint if problem == "no-conditions" else "http://127.0.0.1:9"
         store = Serving(site.folder, "--tables", "s3://trends/p", AWS_ENDPOINT_URL_S3=where, **keys)
+        if store.first_line:
+            store.process.kill()
         assert (store.first_line, store.process.wait()) == ("", 1)
         assert objects == {}
     words = store.said.read_text()
@@ -256,6 +258,18 @@ def test_wrong_keys_are_told_apart_from_an_empty_place(
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hidden"}
 
 
+def test_without_new_rows_nothing_is_asked_of_the_server(tmp_path: Path) -> None:
+    """In S3 each request costs, and an idle store would make some every five seconds."""
+    away = KEYS | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+    bench = Bench(tmp_path, place_of(tmp_path, away, "s3://trends"))
+    assert bench.tables.flush() == 0
+    for put in (bench.put, bench.lose):
+        put()
+        with pytest.raises(Unavailable, match="Connection refused"):
+            bench.tables.flush()
+    bench.close()
+
+
 def test_a_place_is_remembered_once_it_was_tried_and_holds_no_secret(
     s3_server: S3Server, s3_bucket: str, tmp_path: Path
 ) -> None:
@@ -274,6 +288,11 @@ def test_a_place_is_remembered_once_it_was_tried_and_holds_no_secret(
     assert place_of(tmp_path, {}, address.rstrip("/")).uri("gaps") == f"s3://{s3_bucket}/plant/gaps"
     from_variables = place_of(tmp_path, KEYS)
     assert isinstance(from_variables, Bucket) and from_variables.settings.secret_key == "hidden"
+    (tmp_path / "other").mkdir()
+    other = keys_in(tmp_path / "other")
+    other.write_text(other.read_text().replace(SECRET_KEY, "another"))
+    from_file = place_of(tmp_path, {"AWS_SHARED_CREDENTIALS_FILE": str(other)})
+    assert isinstance(from_file, Bucket) and from_file.settings.secret_key == "another"
     moved = place_of(tmp_path, {"AWS_ENDPOINT_URL_S3": "https://s3.new"})
     assert isinstance(moved, Bucket) and moved.settings.endpoint == "https://s3.new"
     file.chmod(0o644)
