@@ -41,7 +41,8 @@ class Pace:
         self._at = clock.monotonic()
         self._looked = -LOOK_SECONDS
         self._stopped = False
-        #: What must not wait for a transfer's end, as slow as that may be; called between its chunks.
+        #: What must not wait for a transfer's end, as slow as that may be; called between its chunks, and between
+        #: two questions to peers that are waited for. What it raises ends the transfer.
         self.meanwhile: Callable[[], None] = lambda: None
 
     def allow(self, delivery: Delivery, closed: Callable[[], Paused | None]) -> None:
@@ -90,6 +91,11 @@ class Pace:
                     return
                 missing = -self._left / rate
             self._wait(min(missing, LOOK_SECONDS))
+
+    def seconds(self, size: int) -> float:
+        """How long so many bytes take at the least; 0 without a cap."""
+        rate = self._rate
+        return 0.0 if rate is None else size / rate
 
     def narrow(self, connection: socket.socket) -> None:
         """Let the system accept little ahead: what its buffers take has used the link before it is counted."""

@@ -21,7 +21,8 @@ SETTLE = 0.3
 STALL = 60.0
 #: Seconds for which a peer may say that it has the blob but no upload to spare.
 FULL = 120.0
-#: Seconds after which nobody is waited for any more, whatever it says: what a liar costs at most.
+#: Seconds after which nobody is waited for any more, whatever it says: what a liar costs at most. Beside what the
+#: site's cap makes of the file: nobody has it sooner than that.
 TOTAL = 900.0
 #: Seconds between two questions: the first, and the most.
 POLL, POLL_MOST = 0.25, 2.0
@@ -85,9 +86,9 @@ def watch(answer: Answer, before: Awaited | None, now: float) -> Awaited:
     return before
 
 
-def in_vain(answer: Answer, awaited: Awaited, now: float) -> bool:
-    """Whether this peer was waited for long enough."""
-    if now - awaited.since >= TOTAL:
+def in_vain(answer: Answer, awaited: Awaited, now: float, total: float = TOTAL) -> bool:
+    """Whether this peer was waited for long enough, of `total` seconds at most."""
+    if now - awaited.since >= total:
         return True
     if answer.kind == "full":
         return now - awaited.since >= FULL

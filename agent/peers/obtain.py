@@ -41,6 +41,8 @@ class _Search:
     digest: str
     size: int
     began: float
+    #: Seconds after which nobody is waited for any more.
+    total: float
     idle_since: float
     #: Who has written what has arrived from peers; "" stands for an earlier run, of which nobody knows.
     wrote: set[str]
@@ -88,7 +90,9 @@ class Peers:
     def _obtain(self, digest: str, size: int, download: Callable[[], None]) -> None:
         now = self._clock.monotonic()
         wrote = {""} if self._blobs.arrived(digest, PEER) else set()
-        search = _Search(digest, size, now, now, wrote, {}, {})
+        pace = self._blobs.pace
+        total = choice.TOTAL + (0.0 if pace is None else pace.seconds(size))
+        search = _Search(digest, size, now, total, now, wrote, {}, {})
         answers, poll = self._ask(digest), choice.POLL
         while not self._blobs.has(digest, size):
             step = self._decide(search, answers, poll)
@@ -188,11 +192,11 @@ class Peers:
                 continue
             awaited = choice.watch(answer, search.awaited.get(name), now)
             search.awaited[name] = awaited
-            if choice.in_vain(answer, awaited, now):
+            if choice.in_vain(answer, awaited, now, search.total):
                 log.warning("peer %s promises %s and does not give it", name, search.digest[:16])
                 self._failed(name, BROKE)
                 del answers[name]
-        if now - search.began >= choice.TOTAL:
+        if now - search.began >= search.total:
             return choice.Go()
         if any(answer.kind in ("has", "coming", "full") for answer in answers.values()):
             search.idle_since = now

@@ -31,6 +31,7 @@ class Site:
     ) -> None:
         """Raises UsageError when the address is taken, MissingDependency for multicast DNS without zeroconf."""
         self._ending = threading.Event()
+        self._pace = blobs.pace
         credentials = Credentials(
             folder, identity.name, identity.enrollment.trust.ca, identity.signer, clock.now
         )
@@ -53,13 +54,19 @@ class Site:
             Directory(settings, clock, self._mdns),
             credentials,
             clock,
-            self._ending.wait,
+            self._wait,
             Figures(folder / FIGURES),
         )
 
     def start(self) -> None:
         if self._server is not None:
             self._server.start()
+
+    def _wait(self, seconds: float) -> bool:
+        """For a peer that may take a quarter of an hour, or longer under a cap: what runs is looked after."""
+        if self._pace is not None:
+            self._pace.meanwhile()
+        return self._ending.wait(seconds)
 
     def stop(self) -> None:
         """Whoever waits for a peer, and whom this agent serves, must begin anew elsewhere."""

@@ -65,6 +65,8 @@ class Candidates:
         self._holds = gate.holds()
         self._shadows = Shadows(board, activation, temperature)
         self._attempts = attempts
+        #: Under way; the last one is what transfers, others wait for it.
+        self._walks: list[Walk] = []
 
     def next_due(self) -> tuple[str, SlotState] | None:
         """A candidate that may try now; with the board's lock held."""
@@ -95,12 +97,32 @@ class Candidates:
 
     def _stay(self, name: str, candidate: SlotState) -> Stay | None:
         pending = candidate.phase is Phase.PENDING
-        return self._gate.download() if pending else self._gate.activation(name)
+        return self._gate.download() if pending else self._stay_before(name, candidate)
 
     def advance(self, name: str, candidate: SlotState) -> None:
         """Walk one candidate as far as it goes; every stop carries its reason."""
         walk = Walk(self._board, name, candidate)
-        self.guarded(walk, lambda: self._walk(walk))
+        self._walks.append(walk)
+        try:
+            self.guarded(walk, lambda: self._walk(walk))
+        finally:
+            self._walks.pop()
+
+    def meanwhile(self) -> None:
+        """What must not wait for the end of a transfer, which may take hours under a cap: whose hour has come in
+        other slots, what runs without acting, and a newer wish. Raises Replaced when that ends the transfer."""
+        self.look()
+        self.look_after()
+        busy = {walk.name for walk in self._walks}
+        with self._board.lock:
+            others = [(name, state) for name, state in self._board.candidates.items() if name not in busy]
+        for name, candidate in others:
+            # These have been fetched: they need the link as little as the transfer needs the processor.
+            if candidate.phase in (Phase.STAGED, Phase.HELD) and self._stay(name, candidate) is None:
+                with contextlib.suppress(Replaced):
+                    self.advance(name, candidate)
+        for walk in self._walks[-1:]:
+            walk.check()
 
     def guarded(self, walk: Walk, work: Callable[[], None]) -> None:
         """Do a part of the walk; whatever goes wrong becomes its step. Raises Replaced."""
@@ -122,7 +144,7 @@ class Candidates:
         slot, manifest = name.removesuffix(BESIDE), None
         if walk.state.phase is Phase.PENDING:
             manifest = self._fetch(walk)
-            stay = self._stay_before(walk)
+            stay = self._stay_before(name, walk.state)
             if stay is not None:
                 # Known after a reboot without a network, too.
                 self._state.set_staged(name, target)
@@ -140,7 +162,7 @@ class Candidates:
             if problem := self._problem(slot, opened):
                 opened.runner.stop()
                 raise Refused(MISMATCH, problem, table=opened.table)
-            if self._shadows.wanted(walk):
+            if self._shadows.wanted(name, walk.state):
                 self._shadows.begin(walk, opened)
             else:
                 self._activate(walk, opened)
@@ -222,12 +244,12 @@ class Candidates:
             raise
         self._attempts.end(key)
 
-    def _stay_before(self, walk: Walk) -> Stay | None:
-        """What keeps the walk from going on to its self-test; hours do not where it would not act yet."""
-        if walk.name.endswith(BESIDE):
+    def _stay_before(self, name: str, candidate: SlotState) -> Stay | None:
+        """What keeps it from going on to its self-test; hours do not where it would not act yet."""
+        if name.endswith(BESIDE):
             return None
-        stay = self._gate.activation(walk.name)
-        return stay if stay is None or stay.held or not self._shadows.wanted(walk) else None
+        stay = self._gate.activation(name)
+        return stay if stay is None or stay.held or not self._shadows.wanted(name, candidate) else None
 
     def _fetch(self, walk: Walk) -> Manifest:
         """Everything that the walk needs, verified and on the disk."""

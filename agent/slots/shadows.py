@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agent.lifecycle import Event
+from agent.lifecycle import Event, SlotState
 from agent.slots.activation import Activation
 from agent.slots.active import ActiveModel
 from agent.slots.board import BESIDE, Board
@@ -49,17 +49,17 @@ class Shadows:
         #: What has passed, and may have to wait for its hour before it acts.
         self._passed: dict[str, tuple[ModelRef, SlotPolicy]] = {}
 
-    def wanted(self, walk: Walk) -> bool:
+    def wanted(self, name: str, candidate: SlotState) -> bool:
         """Whether a tested candidate has to run without acting first: there must be something to compare with."""
-        if walk.name.endswith(BESIDE):
+        if name.endswith(BESIDE):
             return True
-        running = self._board.active.get(walk.name)
-        if self._passed.get(walk.name) == (walk.state.target, walk.state.policy):
+        running = self._board.active.get(name)
+        if self._passed.get(name) == (candidate.target, candidate.policy):
             return False
         return (
-            walk.state.policy.shadow is not None
+            candidate.policy.shadow is not None
             and running is not None
-            and running.ref.digest != walk.state.target.digest
+            and running.ref.digest != candidate.target.digest
         )
 
     def passed(self, walk: Walk) -> None:

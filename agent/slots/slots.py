@@ -178,10 +178,11 @@ class Slots:
         return self._board.report()
 
     def _meanwhile(self) -> None:
-        """A download under a cap may take hours: the guard and who holds something do not wait for it."""
+        """A download under a cap may take hours: nothing else waits for it. Raises Replaced when it is for nothing."""
         if threading.current_thread() is self._thread:
+            self._boot.look()
             self._care.look_after()
-            self._candidates.tell_holds()
+            self._candidates.meanwhile()
 
     def turn(self) -> bool:
         """Look after what runs, then walk one candidate that is due; False when there is nothing to do now."""

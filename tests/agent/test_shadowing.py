@@ -260,6 +260,37 @@ def test_hours_do_not_hold_up_a_run_that_switches_nothing(
         slots.stop()
 
 
+def test_after_a_hold_hours_do_not_hold_it_up_either(
+    tmp_path: Path, releaser: Any, engine: Any, models: Any, until: Any
+) -> None:
+    """Held before it has run without acting, and released outside of the hours: it runs now, and acts then."""
+    clock, holds = ManualClock(1_790_000_000.0), Holds(tmp_path)
+    slots = Slots(
+        State(tmp_path / "state.db"), releaser, engine, {"onnx": "onnxruntime 1"}, SystemClock(), lambda: None,
+        Setup(machine="here", seconds=0.05), gate=Gate(lambda: Moment(clock.now()), holds),
+    )  # fmt: skip
+    slots.start()
+    policy = SlotPolicy(shadow=ShadowPolicy(sample=1.0, inferences=40, cpu=1.0))
+    terms = ActivationTerms(at=clock.now() + 60)
+    one = releaser.release(1, ("only", models["fast"]))
+    two = releaser.release(2, ("only", good()))
+    try:
+        slots.wish({"default": SlotTarget(one, None, policy)})
+        until(lambda: slots.report()["default"].phase is Phase.ACTIVE)
+        holds.change(lambda before: placed(before, Hold("", "anna", "audit", clock.now(), None)))
+        slots.wish({"default": SlotTarget(two, None, policy, terms)})
+        until(lambda: slots.report()["default"].phase is Phase.HELD)
+        holds.change(lambda before: ())
+        with Traffic(slots):
+            until(lambda: slots.report()["default"].phase is Phase.SHADOW)
+            got = until(lambda: (now := slots.report()["default"]).phase is Phase.STAGED and now)
+        assert (got.running, got.reason) == (one, "ActivationTime")
+        clock.advance(60)
+        until(lambda: slots.report()["default"].running == two)
+    finally:
+        slots.stop()
+
+
 BAD: dict[str, tuple[Callable[[], bytes], dict[str, Any], dict[str, Any], str]] = {
     "disagrees": (otherwise, {}, {}, "ShadowDisagrees"),
     "nan": (gives_nan, {}, {}, "ShadowErrors"),

@@ -391,3 +391,69 @@ def test_guard_and_holds_do_not_wait_for_a_download_under_the_cap(
     assert report(slots).phase is Phase.DOWNLOADING
     line.clock.advance(200_000)
     assert waits_for(slots, WaitReason.LOCAL_HOLD, until).running == first
+
+
+def under_the_cap(line: Line, version: int) -> Callable[[], None]:
+    """Have that version's files take a day and more; what is returned lets that time pass."""
+    plain, left = line.releaser.fetch_blobs, [4096 * 100_000]
+
+    def fetch(manifest: Any, *arguments: Any) -> None:
+        if manifest.version == version and left:
+            line.pace.take(left[0])
+            left.clear()
+        plain(manifest, *arguments)
+
+    line.releaser.fetch_blobs = fetch
+    return lambda: line.clock.advance(200_000)
+
+
+def test_a_newer_wish_does_not_wait_for_a_download_that_nobody_wants_any_more(
+    line: Line, models: Any, until: Any
+) -> None:
+    first, second = two(line, models)
+    under_the_cap(line, 1)
+    slots = line.open()
+    capped = Delivery(rate=4096)
+    wish(slots, first, delivery=capped)
+    until(lambda: line.clock.advance(0.3) or report(slots).phase is Phase.DOWNLOADING)
+    wish(slots, second, delivery=capped)
+    until(lambda: line.clock.advance(0.3) or report(slots).running == second)
+    assert "only" not in line.releaser.fetched
+
+
+def test_a_slot_whose_hour_has_come_does_not_wait_for_another_ones_download(
+    line: Line, models: Any, until: Any
+) -> None:
+    first, second = two(line, models)
+    finish = under_the_cap(line, 1)
+    slots = line.open()
+    press = SlotTarget(second, terms=ActivationTerms(at=START + HOUR))
+    slots.wish({"press": press}, Delivery(rate=4096))
+    until(lambda: slots.report()["press"].phase is Phase.STAGED)
+    slots.wish({"press": press, "default": SlotTarget(first)}, Delivery(rate=4096))
+    until(lambda: line.clock.advance(0.3) or report(slots).phase is Phase.DOWNLOADING)
+    assert slots.report()["press"].phase is Phase.STAGED
+    line.clock.advance(HOUR)
+    until(lambda: line.clock.advance(0.3) or slots.report()["press"].running == second)
+    assert report(slots).phase is Phase.DOWNLOADING
+    finish()
+    runs(slots, first, until)
+
+
+def test_what_has_served_for_a_minute_is_in_no_boot_loop_whatever_is_downloaded(
+    line: Line, models: Any, until: Any
+) -> None:
+    first, second = two(line, models)
+    slots = line.open()
+    wish(slots, first, isolation="in-process")
+    runs(slots, first, until)
+    slots.stop()
+    state, line.pace = State(line.folder / "state.db"), Pace(line.clock)
+    under_the_cap(line, 2)
+    slots = line.open(state)
+    wish(slots, second, delivery=Delivery(rate=4096))
+    until(lambda: line.clock.advance(0.3) or report(slots).phase is Phase.DOWNLOADING)
+    assert state.attempts()["slot/default"].open
+    slots._boot._healthy_at = 0.0  # a minute later
+    until(lambda: line.clock.advance(0.3) or "slot/default" not in state.attempts())
+    assert report(slots).phase is Phase.DOWNLOADING

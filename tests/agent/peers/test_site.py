@@ -8,17 +8,22 @@ import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from agent.fetch import PEER
+from agent.fetch import PEER, BlobStore
+from agent.pace import Pace
 from agent.peers import choice
 from agent.peers.choice import Answer
 from agent.peers.figures import Obtained, read_figures
 from agent.peers.probe import probe
 from agent.peers.server import Bounds
+from agent.peers.settings import Settings
+from agent.peers.site import Site as Real
 from edgeward.clock import ManualClock, SystemClock
 from edgeward.errors import Unavailable
+from edgeward.identifiers import DeviceName
 from edgeward.storage import sha256_hex
 from tests.agent.peers.conftest import Agent, Authority, Site, first
 from tests.agent.peers.test_wire import asked
@@ -378,3 +383,34 @@ def test_silence_holds_no_connection(site: Site, tmp_path: Path) -> None:
     finally:
         for one in silent:
             one.close()
+
+
+def test_what_runs_is_looked_after_while_a_peer_is_waited_for(site: Site, tmp_path: Path) -> None:
+    """The guard does not wait a quarter of an hour: who waits for a peer is the slots' own thread."""
+    authority, clock = site.authority, SystemClock()
+    signer = authority.credentials(tmp_path / "me", "me")._signer
+    trust = SimpleNamespace(ca=authority.pem)
+    identity = SimpleNamespace(
+        name=DeviceName("plant", "me"), enrollment=SimpleNamespace(trust=trust), signer=signer
+    )
+    looked = threading.Semaphore(0)
+    pace = Pace(clock)
+    pace.meanwhile = looked.release
+    liar = site.liar(
+        "liar", lambda connection, offset: None, to_head=b"HTTP/1.1 503 X\r\nEdgeward-Received: 7\r\n\r\n"
+    )
+    made = Real(
+        tmp_path / "me",
+        Settings(static=(liar.address,)),
+        identity,  # type: ignore[arg-type]
+        BlobStore(tmp_path / "me" / "blobs", reserve=0, pace=pace),
+        clock,
+        lambda digest: True,
+    )
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(made.peers.obtain, sha256_hex(CONTENT), len(CONTENT), lambda: None)
+        for _ in range(3):
+            assert looked.acquire(timeout=30)
+        made.stop()
+        with pytest.raises(Unavailable, match="the agent ends"):
+            waiting.result()
