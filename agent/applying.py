@@ -67,11 +67,8 @@ class Applying:
 
     def offer(self, raw: bytes) -> None:
         """What came by MQTT, HTTPS or in a bundle: anybody's bytes."""
-        before = self._state.generation()
         try:
-            # One that was accepted and then lost on the disk may come a second time.
-            accepted = before - 1 if self._damaged else before
-            desired = check(raw, self._trusted_keys(), self._name, accepted, self._clock)
+            desired = check(raw, self._trusted_keys(), self._name, self.held, self._clock)
         except TrustError as error:
             log.warning("refused desired state: %s", error)
             return
@@ -107,6 +104,12 @@ class Applying:
     def stop(self) -> None:
         """In order: what is in effect has done nothing wrong."""
         self._attempts.leave(_KEY)
+
+    @property
+    def held(self) -> int:
+        """The newest generation that is here: one that was accepted and then lost on the disk may come again."""
+        accepted = self._state.generation()
+        return accepted - 1 if self._damaged else accepted
 
     @property
     def unkept(self) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from edgeward.cli import bundle
 from edgeward.cli.context import naming, read_secret
 from edgeward.cli.resources import parse_labels
 from edgeward.errors import MissingDependency, NotFound, UsageError
+from edgeward.wire.reports import Phase, SlotReport
 
 if TYPE_CHECKING:
     from agent.peers.settings import Settings as PeerSettings
@@ -191,6 +193,7 @@ def status(
     state = State(path, read_only=True)
     try:
         reported_at, streams = state.stream_reports()
+        reports = state.slot_reports()
         facts = {
             "generation": state.generation(),
             "timeFloor": state.time_floor(),
@@ -198,7 +201,10 @@ def status(
             "quarantined": {
                 digest: msgspec.to_builtins(verdict) for digest, verdict in state.quarantined().items()
             },
-            "shadows": {name: msgspec.to_builtins(report) for name, report in state.shadow_reports().items()},
+            "reports": {name: msgspec.to_builtins(report) for name, report in reports.items()},
+            "shadows": {
+                name: msgspec.to_builtins(report.shadow) for name, report in reports.items() if report.shadow
+            },
             "streams": {"reported_at": reported_at, "reports": msgspec.to_builtins(streams)},
             "holds": msgspec.to_builtins(holds),
             "obtained": msgspec.to_builtins(obtained),
@@ -212,15 +218,22 @@ def status(
     out.print(f"desired generation {facts['generation']}")
     for hold in holds:
         out.print(hold_commands.line_of(hold), markup=False)
-    for name, record in state_slots(facts):
+    running_slots = dict(state_slots(facts))
+    for name in sorted({*running_slots, *reports}):
+        record = running_slots.get(name, {})
         running = record.get("running") or {}
         out.print(f"slot {name}: {running.get('model', 'nothing')}:{running.get('version', '-')}")
         for row in record.get("variants") or []:
             out.print(f"  {variant_line(row)}", markup=False)
+        if (report := reports.get(name)) is not None and (line := wish_line(report)):
+            out.print(f"  {line}", markup=False)
         if (shadow := dict(facts["shadows"]).get(name)) is not None:
             out.print(f"  {shadow_line(shadow)}", markup=False)
-    for report in streams:
-        out.print(stream_line(report), markup=False)
+    for digest, verdict in dict(facts["quarantined"]).items():
+        message = f": {verdict['message']}" if verdict["message"] else ""
+        out.print(f"refused for good: {digest[:12]} {verdict['reason']}{message}", markup=False)
+    for stream in streams:
+        out.print(stream_line(stream), markup=False)
     if obtained.peer_blobs or obtained.controller_blobs:
         out.print(
             f"files: {obtained.peer_blobs} from peers ({bundle.size(obtained.peer_bytes)}), "
@@ -270,6 +283,20 @@ def import_(
         out.print("  this generation was accepted here before; its files are at hand now")
     out.print("a running agent takes it within seconds, otherwise its next start does:")
     out.print(f"  edgeward agent status --dir {folder}")
+
+
+def wish_line(report: SlotReport) -> str:
+    """How far a slot is with what it shall run, and why; empty when that runs and nothing is to be said of it."""
+    if report.target is None or (report.phase is Phase.ACTIVE and report.running == report.target):
+        return ""
+    why = ": ".join(part for part in (report.reason, report.message) if part)
+    since, until = (
+        f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M}" if at else "" for at in (report.since, report.deadline)
+    )
+    parts = [f"{report.target.model}:{report.target.version} is {report.phase}"]
+    parts += [f"since {since}"] if since else []
+    parts += [f"until {until}"] if until else []
+    return " ".join(parts) + (f": {why}" if why else "")
 
 
 def shadow_line(report: dict[str, Any]) -> str:

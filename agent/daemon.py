@@ -93,11 +93,12 @@ class Daemon:
         attempts = Attempts(self.state)
         self._n = 0
         self._number = threading.Lock()
-        self._shadows = self.state.shadow_reports()
+        self._noted = self.state.slot_reports()
         self._inventory = inventory.find(folder)
         self._wake = threading.Event()
         self._offers: queue.Queue[bytes] = queue.Queue()
         self._reported_due = threading.Event()
+        self._noted_due = threading.Event()
         trust = self.identity.enrollment.trust
         pace = Pace(clock)
         blobs = BlobStore(folder / "blobs", pace=pace)
@@ -222,6 +223,9 @@ class Daemon:
                         renewed.clear()
                         self._on_connect()
                     self._take_offers()
+                    if self._noted_due.is_set():
+                        self._noted_due.clear()
+                        self._note_slots()
                     if self._reported_due.is_set() and self.link.connected:
                         self._reported_due.clear()
                         self._send_reported()
@@ -276,7 +280,7 @@ class Daemon:
     def _poll_desired(self) -> None:
         """While MQTT is away, HTTPS may still be there."""
         try:
-            raw = self.identity.client.desired(newer_than=self.state.generation(), wait=0.0)
+            raw = self.identity.client.desired(newer_than=self._applying.held, wait=0.0)
         except EdgewardError as error:
             log.debug("no desired state over HTTP: %s", error)
             return
@@ -324,6 +328,7 @@ class Daemon:
 
     def _changed(self) -> None:
         self._catalog.refresh()
+        self._noted_due.set()
         self._reported_due.set()
         self._wake.set()
 
@@ -343,19 +348,22 @@ class Daemon:
         )  # fmt: skip
         return self._seal(status, self._status_topic)
 
-    def _send_reported(self) -> None:
+    def _note_slots(self) -> None:
+        """For `edgeward agent status`: who stands at a device without a network asks there why it waits."""
         slots = self.slots.report()
-        shadows = {name: slot.shadow for name, slot in slots.items() if slot.shadow is not None}
-        if shadows != self._shadows:
-            self._shadows = shadows
-            try:
-                self.state.set_shadow_reports(shadows)  # for `edgeward agent status`
-            except (OSError, sqlite3.Error) as error:
-                log.warning("what a shadow has seen is not written down: %s", error)
+        if slots == self._noted:
+            return
+        self._noted = slots
+        try:
+            self.state.set_slot_reports(slots)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("how far the slots are is not written down: %s", error)
+
+    def _send_reported(self) -> None:
         reported = Reported(
             *self._next(),
             self.state.generation(),
-            slots,
+            self.slots.report(),
             conditions=[*self._applying.conditions(), *self.slots.conditions()],
             quarantined=list(self.state.quarantined()),
             holds=self.slots.holds(),

@@ -13,7 +13,7 @@ import msgspec
 from agent.attempts import Attempt
 from agent.lifecycle import Verdict
 from edgeward.wire.desired import ModelRef
-from edgeward.wire.reports import ShadowReport, StreamReport, VariantMeasure
+from edgeward.wire.reports import SlotReport, StreamReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
 
 _SCHEMA = """
@@ -150,18 +150,18 @@ class State:
     def set_stream_reports(self, at: float, reports: list[StreamReport]) -> None:
         self._set_meta("streams", _encode((at, reports)))
 
-    def shadow_reports(self) -> dict[str, ShadowReport]:
-        """The newest run without acting of each slot, as it was last reported."""
-        value = self._meta("shadows")
+    def slot_reports(self) -> dict[str, SlotReport]:
+        """How far the newest wish for each slot was, and why, when that last changed."""
+        value = self._meta("reports")
         try:
             if isinstance(value, bytes):
-                return msgspec.msgpack.decode(value, type=dict[str, ShadowReport])
+                return msgspec.msgpack.decode(value, type=dict[str, SlotReport])
         except msgspec.DecodeError:  # another version of the agent wrote it
             pass
         return {}
 
-    def set_shadow_reports(self, reports: dict[str, ShadowReport]) -> None:
-        self._set_meta("shadows", _encode(reports))
+    def set_slot_reports(self, reports: dict[str, SlotReport]) -> None:
+        self._set_meta("reports", _encode(reports))
 
     # slots
 

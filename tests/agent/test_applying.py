@@ -196,3 +196,15 @@ def test_a_full_disk_does_not_keep_a_desired_state_from_being_applied(
     agent.boot().offer(signed(1))
     monkeypatch.setattr(State, "set_attempts", full)
     assert not agent.boot().conditions() and agent.applied == [1, 1]
+
+
+def test_what_is_lost_on_the_disk_is_asked_for_again(agent: Agent) -> None:
+    """By HTTPS too, which answers with newer generations only than the one that is named."""
+    applying = agent.boot()
+    applying.offer(signed(3))
+    assert (applying.held, agent.applied) == (3, [3])
+    agent.state.accept_desired(3, signed(3)[:-40])
+    applying = agent.boot()
+    assert applying.held == 2 and applying.conditions()[0].reason == "Damaged"
+    applying.offer(signed(3))
+    assert (applying.held, agent.applied, applying.conditions()) == (3, [3, 3], [])

@@ -19,6 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from agent import lifecycle
 from agent.commands import register
 from agent.runtime.providers import Plan, Verdict
 from agent.runtime.providers import Rules as ProviderRules
@@ -785,14 +786,33 @@ def test_agent_status_shows_what_runs_without_acting(tmp_path: Path) -> None:
         "2" * 64, "paused", "TooHot: 90 degrees, the limit is 80", seen=10, agreed=9, failed=1, psi=0.125,
         latency_ms={"p50": 1.0, "p95": 2.5}, memory_bytes=64 << 20,
     )  # fmt: skip
-    state.set_shadow_reports({"default": shadow})
-    assert state.shadow_reports() == {"default": shadow}
+    report = SlotReport(Phase.ACTIVE, shadow=shadow)
+    state.set_slot_reports({"default": report})
+    assert state.slot_reports() == {"default": report}
     state.close()
     said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)], env={"COLUMNS": "200"}).output
     wanted = "shadow 222222222222 paused  9 of 10 agreed  1 failed  PSI 0.125  p95 2.5 ms  64 MiB  TooHot: 90"
     assert wanted in " ".join(said.split("\n"))
     plain = json.loads(CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path), "--json"]).output)
     assert plain["shadows"]["default"]["seen"] == 10
+
+
+def test_agent_status_says_what_a_slot_waits_for_and_what_was_refused(tmp_path: Path) -> None:
+    """Who stands at a device without a network has nothing else to ask."""
+    app = typer.Typer()
+    register(app)
+    state = State(tmp_path / "state.db")
+    state.set_slot("default", SlotRecord(ModelRef("m", 1, "1" * 64)))
+    held = SlotReport(
+        Phase.HELD, "LocalHold", "held by anna: audit", since=1.0, target=ModelRef("m", 2, "2" * 64)
+    )
+    state.set_slot_reports({"default": held, "press": msgspec.structs.replace(held, phase=Phase.PENDING)})
+    state.quarantine("3" * 64, lifecycle.Verdict("BootLoop", 1.0, "the agent went down 3 times in a row"))
+    state.close()
+    said = CliRunner().invoke(app, ["agent", "status", "--dir", str(tmp_path)], env={"COLUMNS": "200"}).output
+    assert "slot default: m:1" in said and "slot press: nothing:-" in said
+    assert "m:2 is Held since 1970-01-0" in said and ": LocalHold: held by anna: audit" in said
+    assert "refused for good: 333333333333 BootLoop: the agent went down 3 times in a row" in said
 
 
 def test_agent_status_shows_the_streams_as_last_reported(tmp_path: Path) -> None:
