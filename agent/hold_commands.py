@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +17,7 @@ from rich.console import Console
 
 from agent.holds import Holds, lifted, placed
 from edgeward.clock import Clock, SystemClock
-from edgeward.errors import NotFound, UsageError
+from edgeward.errors import EdgewardError, NotFound, UsageError
 from edgeward.identifiers import check_name
 from edgeward.wire.reports import Hold
 
@@ -50,8 +53,10 @@ def hold(
     clock = SystemClock()
     ends = parse_until(until, clock) if until else None
     new = Hold(slot, local_user(os.environ), reason.strip()[:500], clock.now(), ends)
-    _holds(folder, "hold").change(lambda before: placed(before, new))
+    _change(folder, "hold", lambda before: placed(before, new))
     out.print(f"{line_of(new)}; a running agent knows within a second", markup=False)
+    if slot and (there := _slots(folder)) and slot not in there:
+        out.print(f"this device has no slot {slot} yet, only {', '.join(there)}", markup=False)
 
 
 def release_hold(
@@ -66,7 +71,7 @@ def release_hold(
         gone.extend(one for one in before if one not in after)
         return after
 
-    left = _holds(folder, "release-hold").change(change)
+    left = _change(folder, "release-hold", change)
     if not gone:
         raise NotFound(f"nothing is held here{f' for slot {slot}' if slot else ''}", hint=_what(left))
     for one in gone:
@@ -108,6 +113,32 @@ def local_user(environment: Mapping[str, str]) -> str:
         user = f"user {os.getuid()}"
     person = environment.get("SUDO_USER", "")[:64]
     return f"{person} (as {user})" if person and person != user else user
+
+
+def _change(
+    folder: Path, command: str, change: Callable[[tuple[Hold, ...]], tuple[Hold, ...]]
+) -> tuple[Hold, ...]:
+    try:
+        return _holds(folder, command).change(change)
+    except OSError as error:
+        raise EdgewardError(
+            f"{folder}: nothing was changed, since it cannot be written: {error.strerror}",
+            hint="make room on the disk, and try again" if error.errno == errno.ENOSPC else "",
+        ) from None
+
+
+def _slots(folder: Path) -> list[str]:
+    """What the agent has told of; a hold for a slot that is still to come is a hold, too."""
+    from agent.state import State
+
+    path = folder / "state.db"
+    if not path.exists():
+        return []
+    try:
+        with closing(State(path, read_only=True)) as state:
+            return sorted({*state.slots(), *state.slot_reports()})
+    except sqlite3.Error:  # it is damaged, or just being made: the hold stands all the same
+        return []
 
 
 def _holds(folder: Path, command: str) -> Holds:

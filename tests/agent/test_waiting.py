@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from agent import hold_commands
 from agent.holds import LOCK, Holds, placed
 from agent.pace import Pace
 from agent.slots.gate import Gate
@@ -23,6 +25,7 @@ from agent.slots.slots import Slots
 from agent.state import SlotRecord, State
 from agent.trusted_clock import Moment
 from edgeward.clock import ManualClock, SystemClock
+from edgeward.errors import EdgewardError
 from edgeward.wire.desired import ModelRef, SlotTarget
 from edgeward.wire.reports import Hold, Phase, SlotReport, WaitReason
 from edgeward.wire.schedule import ActivationTerms, Delivery, Schedule, Window
@@ -254,6 +257,30 @@ def test_the_command_refuses_what_makes_no_sense(line: Line) -> None:
     assert "--reason" in cli("hold", "--dir", folder, "--reason", " ")
     assert "is no agent's folder" in cli("hold", "--dir", folder + "/nowhere", "--reason", "x")
     assert line.holds.current() == ()
+
+
+def test_a_hold_for_a_slot_that_is_not_there_says_so(line: Line, models: Any, until: Any) -> None:
+    """A slip of the pen must not look like a hold of the press."""
+    ref, _ = two(line, models)
+    slots = line.open()
+    wish(slots, ref)
+    runs(slots, ref, until)
+    folder = str(line.folder)
+    said = cli("hold", "--dir", folder, "--slot", "pres", "--reason", "audit")
+    assert "slot pres is held by anna" in said and "no slot pres yet, only default" in said
+    assert "only" not in cli("hold", "--dir", folder, "--slot", "default", "--reason", "audit")
+
+
+def test_a_hold_that_cannot_be_written_down_says_that_nothing_is_held(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("agent.holds.write_atomic", full)
+    with pytest.raises(EdgewardError, match=r"nothing was changed.*No space left.*make room") as caught:
+        hold_commands.hold(line.folder, "audit")
+    assert caught.value.exit_code == 1 and line.holds.current() == ()
 
 
 def test_a_hold_for_another_slot_does_not_matter(line: Line, models: Any, until: Any) -> None:
