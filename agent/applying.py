@@ -67,6 +67,9 @@ class Applying:
 
     def offer(self, raw: bytes) -> None:
         """What came by MQTT, HTTPS or in a bundle: anybody's bytes."""
+        if not raw:  # of a device that was deleted or revoked, or of somebody at the broker
+            log.warning("the broker keeps no desired state for this device any more; what runs goes on")
+            return
         try:
             desired = check(raw, self._trusted_keys(), self._name, self.held, self._clock)
         except TrustError as error:

@@ -36,12 +36,14 @@ class Holds:
     def current(self) -> tuple[Hold, ...]:
         """What the file says, ended or not. One that cannot be read holds everything until it is put right:
         somebody wanted a hold."""
+        since = 0.0
         try:
             try:
                 found = self._file.stat()
             except FileNotFoundError:
                 self._seen, self._holds = None, ()
                 return ()
+            since = found.st_mtime
             seen = (found.st_ino, found.st_mtime_ns, found.st_size)
             if seen != self._seen:
                 self._holds = _decode(self._file.read_bytes())
@@ -49,7 +51,7 @@ class Holds:
         except (OSError, msgspec.DecodeError) as error:
             if self._seen is not None or not self._holds:
                 log.error("%s cannot be read, so every slot is held: %s", self._file, error)
-            self._seen, self._holds = None, (Hold("", "", f"{self._file} cannot be read: {error}", 0.0),)
+            self._seen, self._holds = None, (Hold("", "", f"{self._file} cannot be read: {error}", since),)
         return self._holds
 
     def change(self, change: Callable[[tuple[Hold, ...]], tuple[Hold, ...]]) -> tuple[Hold, ...]:

@@ -205,6 +205,7 @@ def test_what_is_lost_on_the_disk_is_asked_for_again(agent: Agent) -> None:
     assert (applying.held, agent.applied) == (3, [3])
     agent.state.accept_desired(3, signed(3)[:-40])
     applying = agent.boot()
+    applying.offer(b"")
     assert applying.held == 2 and applying.conditions()[0].reason == "Damaged"
     applying.offer(signed(3))
     assert (applying.held, agent.applied, applying.conditions()) == (3, [3, 3], [])

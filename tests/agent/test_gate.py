@@ -148,6 +148,7 @@ def test_a_damaged_file_holds_everything_until_it_is_put_right(tmp_path: Path, d
     (tmp_path / FILE).write_bytes(damage)
     (hold,) = holds.current()
     assert (hold.slot, hold.until) == ("", None) and "cannot be read" in hold.reason
+    assert hold.since == (tmp_path / FILE).stat().st_mtime
     with pytest.raises(EdgewardError, match="damaged"):
         holds.change(lambda before: placed(before, HOLD))
     (tmp_path / FILE).unlink()
