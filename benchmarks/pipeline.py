@@ -116,7 +116,7 @@ def _sqlite(folder: Path, batches: int, *, acked: bool) -> float:
 def _repeat(times: int, measure: Callable[[Path], float]) -> list[float]:
     rates = []
     for _ in range(times):
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        with tempfile.TemporaryDirectory(prefix="edgeward-bench-", dir=Path.cwd()) as folder:
             rates.append(measure(Path(folder)))
     return rates
 
