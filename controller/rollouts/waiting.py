@@ -13,8 +13,13 @@ _REASONS = frozenset(WaitReason)
 
 
 def waits(slot: SlotReport | None, target: ModelRef, now: float) -> bool:
-    """Whether the device is kept from going on by its site's hours or people, and so is not late."""
-    if slot is None or slot.target != target or slot.phase not in _PHASES:
+    """Whether the device is kept from going on by its site's hours or people, or by the time that its policy gives
+    a run without acting, and so is not late."""
+    if slot is None or slot.target != target:
+        return False
+    if slot.phase is Phase.SHADOW:
+        return slot.deadline is not None and now < slot.deadline
+    if slot.phase not in _PHASES:
         return False
     # Silent since its window has opened: from then on it is late all the same.
     return slot.reason in _REASONS and (slot.deadline is None or now < slot.deadline)
