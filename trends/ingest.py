@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -256,9 +257,14 @@ class Ingester:
         name: str,
         *,
         share: str = "",
+        between: Callable[[str], None] = lambda step: None,
     ) -> None:
         """Ingesters with one `share` get each batch once between them (MQTT 5.0, 4.8.2); births go to all,
-        since retained messages are not sent for shared subscriptions."""
+        since retained messages are not sent for shared subscriptions.
+
+        `between` is called between two steps, with the name of the one before (fault tests).
+        """
+        self._between = between
         self._ingest = ingest
         self._journal = journal
         self._identity = identity
@@ -305,6 +311,7 @@ class Ingester:
             # back here would use up the broker's receive window.
             for message in messages:
                 message.acknowledge()
+            self._between("released")
             if len(messages) < len(group):
                 return
 
@@ -324,12 +331,16 @@ class Ingester:
 
     def _commit(self, messages: list[Message]) -> None:
         replies: dict[tuple[str, str], Reply] = {}
+        self._between("received")
         with self._journal.transaction():
             for message in messages:
                 reply = self._ingest.handle(message.topic, message.payload)
                 if reply is not None:
                     replies[reply.topic, reply.ack.epoch] = reply
+            self._between("decided")
+        self._between("journalled")
         for reply in replies.values():
             self._link.publish(
                 reply.topic, seal(reply.ack, reply.topic, self._identity, with_certificate=True)
             )
+        self._between("acknowledged")
