@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 MAX_SEQUENCE = 1 << 60
 _GROUP = 64
+#: Seconds without any message after which the connection may be one that carries none: see `Link.renew`.
+SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,12 @@ class Ingester:
 
     def _work(self) -> None:
         while True:
-            group = [self._queue.get()]
+            try:
+                group = [self._queue.get(timeout=SILENCE_S)]
+            except queue.Empty:
+                if self._link.connected:
+                    self._link.renew()
+                continue
             with contextlib.suppress(queue.Empty):
                 while len(group) < _GROUP:
                     group.append(self._queue.get_nowait())

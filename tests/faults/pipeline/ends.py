@@ -38,7 +38,7 @@ from trends.tables import Tables
 SITES = frozenset({"north"})
 #: One alarm for so many results.
 ALARM_EVERY = 50
-WAIT = 120.0
+WAIT = 60.0
 
 
 class Keyring(msgspec.Struct, frozen=True):
@@ -80,7 +80,10 @@ def keyring(device: str = "turbine-1") -> Keyring:
 
     name = DeviceName("north", device)
     return Keyring(
-        certificates.to_pem(ca).encode(), *member(DeviceIdentity(name)), *member(StoreIdentity("plant", SITES)), name
+        certificates.to_pem(ca).encode(),
+        *member(DeviceIdentity(name)),
+        *member(StoreIdentity("plant", SITES)),
+        name,
     )
 
 
@@ -127,7 +130,7 @@ class Agent:
         )
         self.uplink = Uplink(
             self.outbox, ring.name, ring.anchor(), lambda: signer, clock, self._publish,
-            lambda: self.link.connected, chance=lambda: 0.0,
+            lambda: self.link.connected, chance=lambda: 0.0, renew=self.link.renew,
         )  # fmt: skip
         self.uplink.start()
         self.link.start()
@@ -253,7 +256,7 @@ def compare(journal: Journal, tables: Tables, produced: int) -> Outcome:
     found = Outcome()
     wanted = {"results": set(range(produced)), "alarms": set(range(0, produced, ALARM_EVERY))}
     for table, numbers in wanted.items():
-        answer = queries.sql(f"SELECT source_seq, count(*) AS n FROM {table} GROUP BY ALL").to_pylist()  # noqa: S608
+        answer = queries.sql(f"SELECT source_seq, count(*) AS n FROM {table} GROUP BY ALL").to_pylist()
         stored = {row["source_seq"] for row in answer}
         found.lost[table] = numbers - stored
         found.duplicated[table] = {row["source_seq"] for row in answer if row["n"] > 1} | (stored - numbers)
