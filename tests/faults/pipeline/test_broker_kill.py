@@ -21,7 +21,13 @@ class Run:
     """Both ends at a broker that is killed while rows are on their way."""
 
     def __init__(
-        self, broker: RealBroker, folder: Path, ring: Keyring, closing: Closing, *, trusts_broker: bool = False
+        self,
+        broker: RealBroker,
+        folder: Path,
+        ring: Keyring,
+        closing: Closing,
+        *,
+        trusts_broker: bool = False,
     ) -> None:
         self.broker = broker
         broker.start()
