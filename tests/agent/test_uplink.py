@@ -250,7 +250,7 @@ def test_a_disk_that_cannot_be_read_ends_no_thread_and_its_rows_are_salvaged(
     for start in range(0, 60_000, 1000):  # more than SQLite keeps in memory
         site.outbox.commit_rows([row(seq) for seq in range(start, start + 1000)])
     files = {str(tmp_path / name) for name in ("outbox.db", "outbox.db-wal")}
-    mine = [int(fd) for fd in os.listdir("/proc/self/fd") if _target(fd) in files]
+    mine = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if _target(fd) in files]
     folder = os.open(tmp_path, os.O_RDONLY)
     for fd in mine:
         os.dup2(folder, fd)
@@ -267,9 +267,9 @@ def test_a_disk_that_cannot_be_read_ends_no_thread_and_its_rows_are_salvaged(
     assert site.stored("result") == sorted([0, *range(60_000)]) and not site.lost("result")
 
 
-def _target(fd: str) -> str:
+def _target(fd: Path) -> str:
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return str(fd.readlink())
     except OSError:
         return ""
 
