@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgeward.broker import EmbeddedBroker
-from edgeward.mqtt import Link
+from edgeward.mqtt import Broker, Link
 from simulators.fault_proxy import FaultProxy, Faults
 from tests.contracts.test_brokers import Mosquitto, RealBroker, needs_mosquitto
 from tests.faults.pipeline.conftest import Closing
@@ -103,3 +103,38 @@ def test_the_stores_set_is_the_devices_set(
     # What is lost takes its place in MQTT's windows for ever: Mosquitto's are full soon.
     assert renewals or kind == "embedded"
     assert not store.ingest.counts["refused"] and not agent.uplink.counts["refused acks"]
+
+
+@pytest.mark.usefixtures("quick_links", "impatient")
+def test_a_link_whose_broker_answers_nothing_connects_anew(
+    tmp_path: Path, closing: Closing, request: pytest.FixtureRequest, renewals: list[Link]
+) -> None:
+    broker = EmbeddedBroker(tmp_path / "broker")
+    broker.start()
+    request.addfinalizer(broker.stop)
+    proxies = Proxies(broker.port)
+    closing(proxies)
+    proxies.agent.faults = Faults(lost=1.0)
+    link = Link(Broker(f"mqtt://127.0.0.1:{proxies.agent.port}"), "one")
+    link.start()
+    request.addfinalizer(link.stop)
+    wait_for(lambda: link.connected, lambda: "the link to connect")
+    link.publish("a", b"x")
+    wait_for(lambda: link.publish("a", b"x") and renewals == [link], lambda: proxies.agent.counts)
+
+
+@pytest.mark.usefixtures("quick_links", "impatient")
+def test_an_ingester_that_hears_nothing_connects_anew(
+    tmp_path: Path, ring: Keyring, closing: Closing, request: pytest.FixtureRequest, renewals: list[Link]
+) -> None:
+    broker = EmbeddedBroker(tmp_path / "broker")
+    broker.start()
+    request.addfinalizer(broker.stop)
+    store = Store(tmp_path / "store", ring, broker.url)
+    closing(store)
+    store.start()
+    wait_for(lambda: store.ingester._link in renewals, lambda: "a new connection")
+    agent = Agent(tmp_path / "agent", ring, broker.url)
+    closing(agent)
+    agent.produce(0, 100)
+    wait_for(lambda: agent.acknowledged == 100 and agent.drained(), agent.outbox.sequences)
