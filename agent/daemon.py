@@ -176,6 +176,7 @@ class Daemon:
             clock,
             self.link.publish,
             lambda: self.link.connected,
+            renew=self.link.renew,
         )
         self._local = LocalLink(self.link.subscribe, self.link.unsubscribe, self.link.publish)
         self.streams = Streams(

@@ -32,6 +32,9 @@ TEND_S = 1.0
 #: over longer when the connection does not last until an ack.
 SPREAD_S, MAX_SPREAD_S = 0.5, 30.0
 _POLL_S = 0.25
+#: Seconds without an ack, while batches wait for one, after which the connection may be one that carries none;
+#: twice as long after each that brought none, since the store may be away.
+SILENCE_S, MAX_SILENCE_S = 60.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class _Resume:
 
 
 class Uplink:
-    """`publish` hands bytes to the MQTT link and says whether it took them; `connected` asks it."""
+    """`publish` hands bytes to the MQTT link and says whether it took them; `connected` asks it; `renew` gives
+    it a new connection."""
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Uplink:
         publish: Callable[[str, bytes], bool],
         connected: Callable[[], bool],
         chance: Callable[[], float] = random.random,
+        renew: Callable[[], None] = lambda: None,
     ) -> None:
         """`chance` is uniform in 0 .. 1."""
         self._outbox = outbox
@@ -65,6 +70,8 @@ class Uplink:
         self._publish = publish
         self._connected = connected
         self._chance = chance
+        self._renew = renew
+        self._heard = clock.monotonic()
         self._lock = threading.Lock()
         self._schedule = Schedule()
         self._resume = _Resume()
@@ -98,6 +105,7 @@ class Uplink:
         with self._lock:
             failures = self._resume.failures + 1
             self._resume = _Resume(now + backoff(SPREAD_S, failures, MAX_SPREAD_S, self._chance()), failures)
+            self._heard = now
             self._schedule = Schedule()
         self._wake.set()
 
@@ -137,6 +145,7 @@ class Uplink:
     def _arrived(self, key: Key, ack: Ack) -> None:
         now = self._clock.monotonic()
         with self._lock:
+            self._heard = now
             for flight in self._schedule.acknowledged(key, ack.seq, ack.ranges):
                 seconds = now - flight.sent if flight.tries == 0 else None
                 self.pace = acknowledged(self.pace, seconds, flight.size, flight.under_way)
@@ -148,10 +157,14 @@ class Uplink:
             busy = False
             try:
                 self._tend()
+                self._listen()
                 if self._connected() and self._clock.monotonic() >= self._resume.at:
                     busy = self._send()
             except (OSError, sqlite3.Error) as error:
                 log.warning("the outbox cannot be used now: %s", error)
+            except Exception:
+                # Whatever it is, rows must not wait for ever because of it.
+                log.exception("a batch could not be sent")
             if not busy:
                 self._wake.wait(_POLL_S)
                 self._wake.clear()
@@ -161,6 +174,20 @@ class Uplink:
         if now - self._tended >= TEND_S:
             self._tended = now
             self._outbox.tend()
+
+    def _listen(self) -> None:
+        """A connection that takes batches and brings no ack is replaced."""
+        now = self._clock.monotonic()
+        with self._lock:
+            if not self._schedule.flights or not self._connected():
+                self._heard = now
+                return
+            patience = min(MAX_SILENCE_S, SILENCE_S * 2 ** min(max(self._resume.failures, 0), 8))
+            if now - self._heard <= patience + self.pace.timeout:
+                return
+            self._heard = now
+        log.warning("no ack for %.0f s: connecting anew", patience)
+        self._renew()
 
     def _send(self) -> bool:
         """One batch, if one is due; False when there is nothing to do now."""

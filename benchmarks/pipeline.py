@@ -1,9 +1,11 @@
 """What does each step from a stream's rows to the trend store's answers cost?
 
-python -m benchmarks.pipeline [--quick] [--json FILE] [--peer-python PYTHON]
+python -m benchmarks.pipeline [--quick] [--json FILE] [--peer-python PYTHON] [--only SET]
 
 Each set of rows is one function in SETS. The limit is what the machine does in the same run without the
-product: SQLite alone at synchronous=FULL with the same rows. The peer of the outbox is persist-queue's
+product: SQLite alone at synchronous=FULL with the same rows, paho alone through the same Mosquitto, deltalake alone
+with ready columns (benchmarks/way.py). The peer of the way to the journal is paho with one INSERT for each row into
+SQLite at synchronous=FULL. The peer of the outbox is persist-queue's
 SQLite queue, in an environment of its own: `python -m venv peer && peer/bin/pip install persist-queue`, then
 `--peer-python peer/bin/python`.
 """
@@ -23,16 +25,13 @@ from pathlib import Path
 import msgspec
 
 from agent.outbox.outbox import Outbox
+from benchmarks import way
 from benchmarks.report import Row, arguments, finish, median, spread
+from benchmarks.way import BATCH, result_rows
 from edgeward.clock import SystemClock
-from edgeward.wire.rows import ResultRow
-from edgeward.wire.rows import Row as WireRow
-from edgeward.wire.topics import Lane
 
-BATCH = 100
 #: Batches that an ack covers: about what is in flight.
 ACKED = 5
-_EVENT_US = 1_700_000_000_000_000
 
 # Run by the peer's own interpreter: rows per second of `put` in batches, and of `put` and `get`; `task_done` commits.
 _PEER = """
@@ -63,19 +62,7 @@ class Options(argparse.Namespace):
     quick: bool
     json: Path | None
     peer_python: Path | None
-
-
-def result_rows(first: int) -> list[tuple[Lane, WireRow]]:
-    return [
-        (
-            "result",
-            ResultRow(
-                _EVENT_US + seq, "press-vibration", 3, "", "a1b2c3d4", seq, "d" * 64, "onnx-fp32", "CPU",
-                {"score": 0.25}, False,
-            ),
-        )
-        for seq in range(first, first + BATCH)
-    ]  # fmt: skip
+    only: str | None
 
 
 def _outbox(folder: Path, batches: int, *, acked: bool) -> float:
@@ -165,17 +152,28 @@ def outbox(options: Options) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
+def sending(options: Options) -> tuple[list[Row], list[str]]:
+    return way.way(quick=options.quick)
+
+
+def tables(options: Options) -> tuple[list[Row], list[str]]:
+    return way.delta(quick=options.quick)
+
+
 #: Each measures one step of the way and gives its rows and notes.
-SETS: Sequence[Callable[[Options], tuple[list[Row], list[str]]]] = (outbox,)
+SETS: Sequence[Callable[[Options], tuple[list[Row], list[str]]]] = (outbox, sending, tables)
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with persist-queue")
+    parser.add_argument("--only", choices=[measure.__name__ for measure in SETS], help="one set of rows")
     options = parser.parse_args(namespace=Options())
     rows: list[Row] = []
     notes: list[str] = []
     for measure in SETS:
+        if options.only not in (None, measure.__name__):
+            continue
         found, said = measure(options)
         rows += found
         notes += said

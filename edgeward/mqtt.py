@@ -20,10 +20,14 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edgeward.clock import SystemClock
 from edgeward.errors import InvalidDocument, Unavailable
 from edgeward.trust.tls import PeerTime, client_context
 
 log = logging.getLogger(__name__)
+
+#: Seconds after which a broker that answers none of what it was given gets a new connection.
+STALL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ class Link:
         self._client.on_socket_open = self._about_to_connect
         self._client.on_publish = self._published
         self._client.on_subscribe = self._subscribed
+        self._clock = SystemClock()
+        self._given = self._answered = 0
+        self._heard = 0.0
 
     @property
     def connected(self) -> bool:
@@ -178,7 +185,12 @@ class Link:
 
         That is no promise of delivery: durability comes from acks of the other end.
         """
+        if qos:
+            self._renew_if_stalled()
+            self._given += 1  # first: the answer may be quicker than this thread
         info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        if qos and info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
+            self._given -= 1
         return info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def send(
@@ -199,8 +211,11 @@ class Link:
             properties.ContentType = content_type
         if user_properties:
             properties.UserProperty = list(user_properties)
+        self._renew_if_stalled()
+        self._given += 1  # first: the answer may be quicker than this thread
         sent = self._client.publish(topic, payload, qos=1, properties=properties)
         if sent.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            self._given -= 1
             raise Unavailable(f"more messages wait for broker {self._broker.url} than may")
         return sent.mid
 
@@ -214,6 +229,26 @@ class Link:
         options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         code, number = self._client.subscribe([(topic, options) for topic in self._subscriptions])
         return number if code == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+
+    def renew(self) -> None:
+        """End this connection and make a new one, as after a cut.
+
+        What a broken gateway or broker has swallowed is repeated on no connection (MQTT 5.0, 4.4) and takes its
+        place in the window of either side for ever: when all places are taken, both ends wait.
+        """
+        opened = self._client.socket()
+        if isinstance(opened, socket.socket):
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def _renew_if_stalled(self) -> None:
+        now = self._clock.monotonic()
+        if self._given <= self._answered:
+            self._heard = now
+        elif now - self._heard > STALL_S and self.connected:
+            log.warning("broker %s answers nothing that it was given: connecting anew", self._broker.url)
+            self._heard = now
+            self.renew()
 
     def subscribe(self, *topics: str) -> None:
         """Add subscriptions, now and after each reconnect."""
@@ -268,6 +303,7 @@ class Link:
             log.warning("broker %s refused the connection: %s", self._broker.url, reason)
             return
         log.info("connected to broker %s", self._broker.url)
+        self._heard = self._clock.monotonic()
         self._request(self._subscriptions)
         if self._on_connect is not None:
             self._guarded(self._on_connect)
@@ -293,6 +329,8 @@ class Link:
         reason: ReasonCode,
         properties: Properties | None,
     ) -> None:
+        self._answered += 1
+        self._heard = self._clock.monotonic()
         _acknowledge_at_once(client)
         self._acknowledged(mid, str(reason) if reason.is_failure else "")
 

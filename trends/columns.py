@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.structs import astuple
 
 from edgeward.wire.rows import ROW_TYPES, Row, decode_rows
 from edgeward.wire.topics import Lane
@@ -17,18 +18,39 @@ from trends.schemas import SCHEMAS, TABLE_OF
 _DAY_US = 86_400_000_000
 
 
+#: Rows that exist as objects at once: they take ten times the memory of their columns.
+SLICE_ROWS = 10_000
+
+
 def to_arrow(lane: Lane, stored: Sequence[Stored]) -> pa.Table:
     """Raises InvalidDocument when an entry is not what it was when it was written."""
+    parts = [_part(lane, entries) for entries in _slices(stored)]
+    return pa.concat_tables(parts) if parts else SCHEMAS[TABLE_OF[lane]].empty_table()
+
+
+def _slices(stored: Sequence[Stored]) -> Iterator[Sequence[Stored]]:
+    begin = rows = 0
+    for at, entry in enumerate(stored):
+        if rows + entry.count > SLICE_ROWS and at > begin:
+            yield stored[begin:at]
+            begin, rows = at, 0
+        rows += entry.count
+    if begin < len(stored):
+        yield stored[begin:]
+
+
+def _part(lane: Lane, stored: Sequence[Stored]) -> pa.Table:
     schema = SCHEMAS[TABLE_OF[lane]]
-    rows: list[Row] = []
-    for entry in stored:
-        rows += decode_rows(lane, entry.rows)
-    counts = np.array([entry.count for entry in stored], np.int64)
     names = ROW_TYPES[lane].__struct_fields__
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    for entry in stored:
+        # Entry by entry, while its rows are in the processor's cache.
+        rows = decode_rows(lane, entry.rows)
+        for column, found in zip(values.values(), zip(*map(astuple, rows), strict=True), strict=bool(rows)):
+            column += found
+    counts = np.array([entry.count for entry in stored], np.int64)
     columns: dict[str, pa.Array] = {
-        field.name: _column([getattr(row, field.name) for row in rows], field.type)
-        for field in schema
-        if field.name in names
+        field.name: _column(values[field.name], field.type) for field in schema if field.name in names
     }
     times = columns["bucket" if lane == "trend" else "event_time"]
     columns["date"] = _days(times.cast(pa.int64()).to_numpy())

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 MAX_SEQUENCE = 1 << 60
 _GROUP = 64
+#: Seconds without any message after which the connection may be one that carries none: see `Link.renew`.
+SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,14 @@ class Ingester:
         *,
         share: str = "",
         central: bool = False,
+        between: Callable[[str], None] = lambda step: None,
     ) -> None:
         """Ingesters with one `share` get each batch once between them (MQTT 5.0, 4.8.2); births go to all,
-        since retained messages are not sent for shared subscriptions. `central`: see Ingest."""
+        since retained messages are not sent for shared subscriptions. `central`: see Ingest.
+
+        `between` is called between two steps, with the name of the one before (fault tests).
+        """
+        self._between = between
         self._ingest = ingest
         self._journal = journal
         self._identity = identity
@@ -311,7 +319,12 @@ class Ingester:
 
     def _work(self) -> None:
         while True:
-            group = [self._queue.get()]
+            try:
+                group = [self._queue.get(timeout=SILENCE_S)]
+            except queue.Empty:
+                if self._link.connected:
+                    self._link.renew()
+                continue
             with contextlib.suppress(queue.Empty):
                 while len(group) < _GROUP:
                     group.append(self._queue.get_nowait())
@@ -323,6 +336,7 @@ class Ingester:
             # embedded broker ends a connection that acknowledges in another (MQTT 5.0, 4.6).
             for message in messages:
                 message.acknowledge()
+            self._between("released")
             if len(messages) < len(group):
                 return
 
@@ -342,12 +356,16 @@ class Ingester:
 
     def _commit(self, messages: list[Message]) -> None:
         replies: dict[tuple[str, str], Reply] = {}
+        self._between("received")
         with self._journal.transaction():
             for message in messages:
                 reply = self._ingest.handle(message.topic, message.payload)
                 if reply is not None:
                     replies[reply.topic, reply.ack.epoch] = reply
+            self._between("decided")
+        self._between("journalled")
         for reply in replies.values():
             self._link.publish(
                 reply.topic, seal(reply.ack, reply.topic, self._identity, with_certificate=True)
             )
+        self._between("acknowledged")

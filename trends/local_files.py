@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from edgeward.errors import EdgewardError
-from edgeward.storage import fsync_folder
+from edgeward.storage import fsync_folder, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class LocalFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)  # with its name: all that is flushed in it would go with it
 
     def uri(self, table: str) -> str:
         return str(self._folder / table)

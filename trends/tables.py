@@ -205,4 +205,5 @@ class Tables:
             opened, _ = self.snapshot(table)
         version = self._place.settle(table, done, opened.version() if opened is not None else done)
         if version != done:
+            self._between("settled")
             self._journal.set_flushed(table, version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent.outbox.outbox import Outbox
-from agent.uplink import Uplink
+from agent.outbox.pacing import FIRST_WINDOW
+from agent.uplink import SILENCE_S, Uplink
 from edgeward.clock import ManualClock
 from edgeward.identifiers import DeviceName
 from edgeward.trust import certificates, keys
@@ -24,8 +26,11 @@ from edgeward.wire.reports import Status
 from edgeward.wire.rows import TrendRow, decode_rows
 from edgeward.wire.topics import LANES, Lane
 from tests.agent.outboxes import row
+from trends.completeness import lanes
 from trends.ingest import Ingest
 from trends.journal import Journal
+from trends.query import Queries
+from trends.tables import Tables
 
 ME = DeviceName("north", "turbine-1")
 WAIT = 120.0
@@ -62,12 +67,13 @@ class Site:
         self.connected = False
         self.faults = 0.0
         self.order: list[tuple[Lane, int]] = []
-        self._held: list[tuple[str, bytes]] = []
+        self.at_once = self.deaf = False
+        self.renewed: list[float] = []
         self._messages: list[tuple[str, bytes]] = []
         self._arrived = threading.Condition()
         self.uplink = Uplink(
             self.outbox, ME, anchor, lambda: device, self.clock, self._publish, lambda: self.connected,
-            chance=lambda: 0.0,
+            chance=lambda: 0.0, renew=self._renew,
         )  # fmt: skip
         self._ended = False
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -81,7 +87,15 @@ class Site:
         )
         return SigningIdentity(key, certificates.to_der(issued))
 
+    def _renew(self) -> None:
+        self.renewed.append(self.clock.monotonic())
+
     def _publish(self, topic: str, payload: bytes) -> bool:
+        if self.deaf:
+            return True
+        if self.at_once:
+            self._deliver(topic, payload)
+            return True
         with self._arrived:
             drawn = self.chance.random() if self.faults else 1.0
             if drawn < self.faults:
@@ -101,12 +115,13 @@ class Site:
                 if self._ended:
                     return
                 topic, payload = self._messages.pop(0)
-            with self.journal.transaction():
-                reply = self.ingest.handle(topic, payload)
-            if reply is not None and not (self.faults and self.chance.random() < self.faults):
-                self.uplink.on_ack(
-                    reply.topic, seal(reply.ack, reply.topic, self.store, with_certificate=True)
-                )
+            self._deliver(topic, payload)
+
+    def _deliver(self, topic: str, payload: bytes) -> None:
+        with self.journal.transaction():
+            reply = self.ingest.handle(topic, payload)
+        if reply is not None and not (self.faults and self.chance.random() < self.faults):
+            self.uplink.on_ack(reply.topic, seal(reply.ack, reply.topic, self.store, with_certificate=True))
 
     def until(self, condition: object) -> None:
         """Time passes until everything has gone up."""
@@ -188,6 +203,11 @@ def test_a_partition_with_too_small_a_budget_loses_no_alarm_no_trend_value_and_n
         "complete at coarser resolution"
     )
     assert {gap.reason for gap in site.journal.waiting_gaps(10**6)} == {"thinned", "merged"}
+    for account in lanes(Queries(Tables(tmp_path / "tables", site.journal), site.journal)):
+        assert (account.first, account.missing, account.twice) == (0, 0, 0), (
+            "each number is a row or in one gap"
+        )
+        assert account.last == site.outbox.lane(account.lane).next_seq - 1  # type: ignore[arg-type]
 
 
 def test_fresh_rows_do_not_wait_for_the_backlog(sites: list[Site], tmp_path: Path) -> None:
@@ -204,3 +224,71 @@ def test_fresh_rows_do_not_wait_for_the_backlog(sites: list[Site], tmp_path: Pat
     assert len(site.stored("result")) < 40_000, "the backlog is still on its way"
     site.until(site.drained)
     assert len(site.stored("result")) == 60_001
+
+
+def test_an_ack_that_is_quicker_than_the_thread_that_sends_ends_its_batch(
+    sites: list[Site], tmp_path: Path
+) -> None:
+    """A batch is known before it goes: else its ack would find none, and it would count as timed out."""
+    site = Site(tmp_path, {lane: LanePolicy() for lane in LANES})
+    sites.append(site)
+    site.at_once = True
+    site.outbox.commit_rows([row(seq) for seq in range(100)])
+    site.connected = True
+    site.uplink.reconnected()
+    site.until(site.drained)
+    site.until(lambda: site.uplink.pace.window > FIRST_WINDOW)
+    assert not site.uplink._schedule.flights
+
+
+def test_a_disk_that_cannot_be_read_ends_no_thread_and_its_rows_are_salvaged(
+    sites: list[Site], tmp_path: Path
+) -> None:
+    """Reads fail as the kernel fails them: the file's descriptor becomes that of a folder."""
+    site = Site(tmp_path, {lane: LanePolicy() for lane in LANES})
+    sites.append(site)
+    for start in range(0, 60_000, 1000):  # more than SQLite keeps in memory
+        site.outbox.commit_rows([row(seq) for seq in range(start, start + 1000)])
+    files = {str(tmp_path / name) for name in ("outbox.db", "outbox.db-wal")}
+    mine = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if _target(fd) in files]
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for fd in mine:
+        os.dup2(folder, fd)
+    os.close(folder)
+    epoch = site.outbox.epoch
+    site.connected = True
+    site.uplink.reconnected()
+    site.until(lambda: site.outbox.epoch != epoch)
+    site.outbox.sequences()  # which waits until the new file is there
+    site.outbox.wait_salvaged()
+    site.outbox.commit_rows([row(60_000)])
+    site.until(site.drained)
+    assert site.uplink._thread.is_alive() and len(mine) == 2
+    assert site.stored("result") == sorted([0, *range(60_000)]) and not site.lost("result")
+
+
+def _target(fd: Path) -> str:
+    try:
+        return str(fd.readlink())
+    except OSError:
+        return ""
+
+
+def test_a_connection_that_brings_no_ack_is_renewed_ever_more_rarely(
+    sites: list[Site], tmp_path: Path
+) -> None:
+    site = Site(tmp_path, {lane: LanePolicy() for lane in LANES})
+    sites.append(site)
+    site.deaf = site.connected = True
+    site.uplink.reconnected()
+    site.until(lambda: site.clock.monotonic() > 4 * SILENCE_S)
+    assert not site.renewed, "nothing waits for an ack"
+    site.outbox.commit_rows([row(0)])
+    for round_ in range(3):
+        site.until(lambda round_=round_: len(site.renewed) > round_)
+        site.uplink.reconnected()
+    first, second, third = site.renewed
+    assert second - first > SILENCE_S and third - second > 1.5 * (second - first)
+    site.deaf = False
+    site.until(site.drained)
+    assert len(site.renewed) <= 4

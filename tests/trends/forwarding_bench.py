@@ -33,7 +33,7 @@ CLOCK = SystemClock()
 FAST = Pace(rows_every=0.0, withheld_every=0.0, patience=0.5)
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 240.0) -> Any:
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not reached within {timeout} s"

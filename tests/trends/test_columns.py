@@ -49,14 +49,16 @@ def at(micros: int) -> datetime.datetime:
     return EPOCH + datetime.timedelta(microseconds=micros)
 
 
-@given(st.data(), lanes)
-def test_columns_hold_what_the_rows_held(data: st.DataObject, lane: Lane) -> None:
+@given(st.data(), lanes, st.integers(1, 12))
+def test_columns_hold_what_the_rows_held(data: st.DataObject, lane: Lane, at_once: int) -> None:
     batches = data.draw(st.lists(st.lists(ROWS[lane], min_size=1, max_size=4), max_size=3))
     stored = [
         Stored(index, f"site{index % 2}", "d", "e", 10 * index, len(rows), NOW + index, encode_rows(rows))
         for index, rows in enumerate(batches)
     ]
-    table = to_arrow(lane, stored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trends.columns.SLICE_ROWS", at_once)
+        table = to_arrow(lane, stored)
     assert table.schema == SCHEMAS[TABLE_OF[lane]]
     found = table.to_pylist(maps_as_pydicts="strict")
     expected = []
