@@ -225,6 +225,14 @@ class Journal:
 
     # towards the tables
 
+    def newest(self) -> tuple[int, int]:
+        """The highest ids of entries and of gaps that wait for their tables; 0 where none does."""
+        with self._lock:
+            (found,) = self._db.run(
+                "SELECT coalesce((SELECT max(id) FROM batch), 0), coalesce((SELECT max(id) FROM gap), 0)"
+            )
+        return int(found[0]), int(found[1])
+
     def waiting(self, lane: Lane, limit: int, after: int = 0) -> list[Stored]:
         """The oldest entries of a lane behind id `after` that are not known to be in its table: one or more
         with `limit` rows together, or as many as there are."""

@@ -87,13 +87,15 @@ class Tables:
         return self._place.options
 
     def flush(self, limit: int = 100_000) -> int:
-        """Move all waiting rows, about `limit` per commit; returns how many moved.
+        """Move all rows that wait now, about `limit` per commit; returns how many moved.
 
+        What comes meanwhile waits for the next time: a lane that never rests must not hold up the others.
         While one part is being written, the next is read and turned into columns. A table is opened once, before
         its rows are read, and each commit is one on top of what was seen then: another ingester that has
         come to lead meanwhile makes it fail. Raises Unavailable, OSError, DeltaError.
         """
         moved = 0
+        newest, newest_gap = self._journal.newest()
         with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
             for lane in LANES:
                 if not self._journal.waiting(lane, 1):
@@ -105,7 +107,7 @@ class Tables:
                 )
                 writing: Future[DeltaTable] | None = None
                 last = 0
-                while stored := self._journal.waiting(lane, limit, last):
+                while last < newest and (stored := self._journal.waiting(lane, limit, last)):
                     rows, last = to_arrow(lane, stored), stored[-1].id
                     if lane == "trend":
                         rows = sorted_trends(rows)
@@ -118,9 +120,11 @@ class Tables:
         opened = (
             self._forget_moved("gaps", self._journal.forget_gaps) if self._journal.waiting_gaps(1) else None
         )
-        while gaps := self._journal.waiting_gaps(limit):
-            opened = self._move("gaps", gaps_to_arrow(gaps), gaps[-1].id, opened)
-            self._journal.forget_gaps(gaps[-1].id)
+        last = 0
+        while last < newest_gap and (gaps := self._journal.waiting_gaps(limit)):
+            last = gaps[-1].id
+            opened = self._move("gaps", gaps_to_arrow(gaps), last, opened)
+            self._journal.forget_gaps(last)
             moved += len(gaps)
         return moved
 

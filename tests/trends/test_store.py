@@ -28,10 +28,11 @@ from edgeward.trust.keys import SigningIdentity
 from edgeward.wire import topics
 from edgeward.wire.envelope import open_envelope, seal
 from edgeward.wire.reports import Status
-from edgeward.wire.rows import Ack, Batch, Gap, Lost, ResultRow, TrendRow, encode_rows
+from edgeward.wire.rows import Ack, AlarmRow, Batch, Gap, Lost, ResultRow, TrendRow, encode_rows
+from edgeward.wire.topics import Lane
 from simulators.processes import wait_until
 from trends.ingest import Ingest, Ingester
-from trends.journal import Journal
+from trends.journal import Journal, Stored
 from trends.query import Queries
 from trends.quota import Quota
 from trends.schemas import SCHEMAS
@@ -294,6 +295,49 @@ def test_a_crash_between_two_steps_loses_and_doubles_nothing(bench: Bench, where
     assert bench.journal.count() == 0
     bench.tables().flush()
     assert bench.sequence(bench.tables()) == list(range(20))
+
+
+def test_a_lane_that_never_rests_does_not_hold_up_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the journal is asked for alarms there is another one: the results' turn comes all the same."""
+    alarms, waiting, made = topics.up(DEVICE, "alarm"), bench.journal.waiting, [0]
+
+    def another(lane: Lane, limit: int, after: int = 0) -> list[Stored]:
+        if lane == "alarm":
+            at = int(bench.clock.now() * 1e6)
+            row = AlarmRow(at, "s", 1, "k", "se", made[0], "d", "v", "CPU", 0.9, 0.5)
+            batch = Batch("e", made[0], 1, 0, encode_rows([row]))
+            assert bench.deliver(alarms, seal(batch, alarms, bench.device))
+            made[0] += 1
+            if made[0] > 50:
+                raise Crash
+        return waiting(lane, limit, after)
+
+    bench.deliver(TOPIC, bench.batch(0, 10))
+    monkeypatch.setattr(bench.journal, "waiting", another)
+    tables = bench.tables()
+    tables.flush()
+    opened, _ = tables.snapshot("results")
+    assert opened is not None and opened.to_pyarrow_table().num_rows == 10
+    tables.flush()
+    assert tables.snapshot("alarms")[0] is not None
+
+
+def test_gaps_that_never_rest_let_a_flush_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget, forgotten = bench.journal.forget_gaps, [0]
+
+    def another(last: int) -> None:
+        forget(last)
+        forgotten[0] += 1
+        assert forgotten[0] < 50
+        with bench.journal.transaction():
+            bench.journal.append_gap(DEVICE, "e", "result", 1, (forgotten[0], forgotten[0]), "budget")
+
+    with bench.journal.transaction():
+        bench.journal.append_gap(DEVICE, "e", "result", 1, (0, 0), "budget")
+    monkeypatch.setattr(bench.journal, "forget_gaps", another)
+    assert bench.tables().flush() == 1
 
 
 def test_rollup_merges_buckets_exactly(bench: Bench) -> None:
