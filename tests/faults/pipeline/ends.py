@@ -68,8 +68,9 @@ class Keyring(msgspec.Struct, frozen=True):
         return msgspec.msgpack.decode(path.read_bytes(), type=cls)
 
 
-def keyring(device: str = "turbine-1") -> Keyring:
-    now = SystemClock().now()
+def keyring(device: str = "turbine-1", now: float | None = None) -> Keyring:
+    """`now` is when it is made, in seconds since 1970: valid for a day from then on."""
+    now = SystemClock().now() if now is None else now
     key = keys.generate_key()
     ca = certificates.make_ca(key, now)
 

@@ -39,9 +39,7 @@ def values(**changes: object) -> list[object]:
     return list({**good, **changes}.values())
 
 
-_far = st.one_of(
-    st.integers(NOW_US + AHEAD_US + 3_600_000_000, (1 << 64) - 1), st.integers(-(1 << 63), EARLIEST_US - 1)
-)
+_far = st.one_of(st.integers(NOW_US + 30 * AHEAD_US, (1 << 64) - 1), st.integers(-(1 << 63), EARLIEST_US - 1))
 _long = st.integers(257, 5000).map(lambda length: "x" * length)
 _not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
 _names = st.text(max_size=5)
@@ -96,13 +94,13 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(ring: Keyring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("bench"), ring)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    # This file may have been read long before its tests begin: the bench's clock stands at that time.
+    made = Bench(tmp_path_factory.mktemp("bench"), keyring(now=NOW))
     yield made
     made.journal.close()
 
 
-@pytest.mark.xfail(strict=False, reason="one batch was once not acknowledged; not understood")
 @settings(max_examples=200)
 @given(rows=st.lists(st.one_of(st.none(), POISON), min_size=1, max_size=12))
 def test_of_each_batch_the_good_rows_are_stored_and_the_others_counted(
