@@ -207,14 +207,16 @@ class Slots:
 
     def _work(self) -> None:
         while True:
+            busy = failed = False
             try:
                 busy = self.turn()
             except Exception:
-                # A bug over one model must not leave all the others without care.
+                # A bug over one model must not leave all the others without care; nor take a core for itself.
                 log.exception("the slots' turn failed")
-                busy = False
+                failed = True
             with self._board.lock:
                 if self._board.stop:
                     return
-                if not busy and self._candidates.next_due() is None and not self._board.untidy:
+                idle = not busy and self._candidates.next_due() is None and not self._board.untidy
+                if failed or idle:
                     self._board.lock.wait(LOOK_SECONDS)

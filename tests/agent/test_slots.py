@@ -872,3 +872,25 @@ def test_a_controller_that_is_busy_is_asked_again_when_it_said(
     got = until(lambda: (one := report(slots)).reason == "Unavailable" and one)
     assert (got.phase, got.message) == (Phase.PENDING, "32 downloads are running")
     assert got.deadline is not None and got.deadline - got.since == pytest.approx(1234.0, abs=60)
+
+
+def test_a_turn_that_fails_again_and_again_takes_no_core_for_itself(
+    open_slots: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = open_slots()
+    failed, rested, wait = [], [], slots._board.lock.wait
+
+    def broken() -> None:
+        failed.append(1)
+        raise ValueError("a bug")
+
+    def rest(seconds: float) -> bool:
+        rested.append(1)
+        return bool(wait(0.01))
+
+    monkeypatch.setattr(slots._board.lock, "wait", rest)
+    monkeypatch.setattr(slots._care, "look_after", broken)
+    with slots._board.lock:
+        slots._board.untidy = True
+    until(lambda: len(failed) >= 20)
+    assert len(rested) >= len(failed) - 2
