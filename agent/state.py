@@ -12,6 +12,7 @@ import msgspec
 
 from agent.attempts import Attempt
 from agent.lifecycle import Verdict
+from edgeward.storage import transaction
 from edgeward.wire.desired import ModelRef
 from edgeward.wire.reports import SlotReport, StreamReport, VariantMeasure
 from edgeward.wire.slots import SlotPolicy
@@ -86,16 +87,8 @@ class State:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                # Of a full or broken disk, SQLite has rolled back by itself; else the next one could not begin.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            yield
 
     # small facts
 

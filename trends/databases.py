@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
 from edgeward.errors import MissingDependency, Unavailable, UsageError
+from edgeward.storage import transaction
 
 if TYPE_CHECKING:
     import psycopg
@@ -72,19 +73,8 @@ class Sqlite:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        self.connection.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self.connection):
             yield
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
-        try:
-            self.connection.execute("COMMIT")
-        except BaseException:
-            # A full disk: the next transaction must not find this one open.
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
-            raise
 
     def alone(self, name: str) -> None:
         """Nobody else has a connection."""

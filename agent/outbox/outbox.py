@@ -7,7 +7,6 @@ none. Whatever happens to the file, what was lost is counted, and the streams go
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import sqlite3
@@ -31,6 +30,7 @@ from agent.outbox.watermark import LaneMark, Mark, Watermark
 from agent.outbox.watermark import read as read_mark
 from edgeward.clock import Clock
 from edgeward.intervals import Interval
+from edgeward.storage import transaction
 from edgeward.wire.lanes import DEFAULT_POLICIES, LanePolicy
 from edgeward.wire.rows import Row
 from edgeward.wire.topics import LANES, Lane
@@ -211,16 +211,8 @@ class Outbox:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # the first error says more
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            yield
 
     def _meta(self, key: str, kind: type[R], default: R | None = None) -> R:
         row = self._db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()

@@ -11,7 +11,9 @@ import pytest
 from agent.state import State
 from agent.streams.execute import Executor
 from edgeward.clock import SystemClock
+from edgeward.identifiers import DeviceName
 from edgeward.wire.streams import Action
+from trends.journal import Journal
 
 
 def test_a_line_that_did_not_fit_is_no_part_of_the_next_one(small_disk: Path) -> None:
@@ -46,3 +48,20 @@ def test_a_transaction_that_did_not_fit_is_no_part_of_the_next_one(small_disk: P
     state.accept_desired(2, b"two")
     assert (state.generation(), state.desired()) == (2, b"two")
     state.close()
+
+
+def test_the_trend_journal_says_what_went_wrong_and_goes_on(small_disk: Path) -> None:
+    """In the middle of a transaction, SQLite rolls back by itself."""
+    journal, name = Journal(small_disk / "journal.db"), DeviceName("north", "a")
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(sqlite3.OperationalError, match=r"full|disk I/O"), journal.transaction():
+        for number in range(100):
+            journal.append(name, "e", "result", 1, number, 1, bytes(100_000))
+    filler.unlink()
+    with journal.transaction():
+        journal.append(name, "e", "result", 1, 0, 1, b"row")
+    assert journal.count() == 1
+    journal.close()
