@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 5.0
 IMPORT_SECONDS = 1.0
-#: How often a desired state is offered again that the disk did not take, and how many of them are remembered.
 
 
 class Daemon:
