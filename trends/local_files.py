@@ -79,6 +79,12 @@ def newest(root: Path) -> int:
     return max(versions, default=-1)
 
 
+def _newest_checkpoint(folder: Path) -> int:
+    """The highest version that a checkpoint sums up; -1 without one."""
+    versions = [path.name.partition(".")[0] for path in folder.glob("*.checkpoint*.parquet")]
+    return max((int(version) for version in versions if version.isdigit()), default=-1)
+
+
 def _actions(entry: Path) -> Iterator[dict[str, Any]]:
     for line in entry.read_text().splitlines():
         action = json.loads(line)
@@ -121,7 +127,7 @@ def sync(root: Path, done: int) -> int:
                 _fsync(path)
                 folders.update(parent for parent in path.parents if parent.is_relative_to(root.resolve()))
         _fsync(entry)
-    for folder in folders:
+    for folder in sorted(folders):  # in one order: what a cut leaves can be looked at again
         fsync_folder(folder)
     return last
 
@@ -145,9 +151,10 @@ def repair(root: Path, done: int) -> list[int]:
         return []
     _drop_damaged_checkpoints(folder)
     last = newest(root)
-    for version in range(done + 1, last + 1):
+    # Up to the newest checkpoint entries are cleaned up; after it, a name that is missing went with the power.
+    for version in range(max(done, _newest_checkpoint(folder)) + 1, last + 1):
         entry = _entry(root, version)
-        if entry.exists() and (problem := _problem(root, entry)):
+        if problem := _problem(root, entry):
             log.error("%s: version %d is damaged: %s", root.name, version, problem)
             return _set_aside(root, version, last)
     return []
@@ -157,6 +164,8 @@ def _problem(root: Path, entry: Path) -> str:
     """Why a version cannot be believed; empty when it can. Reads every byte that it adds."""
     try:
         added = _added(root, entry)
+    except FileNotFoundError:
+        return f"{entry.name} is missing"
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         return f"{entry.name}: {error}"
     for path, size in added:

@@ -16,7 +16,7 @@ from edgeward.identifiers import DeviceName
 from edgeward.wire.rows import ResultRow, encode_rows
 from tests.trends.conftest import Plant
 from trends.journal import Journal
-from trends.local_files import ASIDE
+from trends.local_files import ASIDE, repair
 from trends.query import Queries
 from trends.tables import Tables
 from trends.upkeep import (
@@ -198,6 +198,35 @@ def test_a_version_that_a_power_cut_has_damaged_is_set_aside_and_written_again(
     assert bench.stored() == list(range(20)) and bench.journal.count() == 0
     bench.flush()
     assert bench.stored() == list(range(30))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_power_cut_may_lose_the_name_of_one_version_and_keep_the_other(tmp_path: Path, lost: int) -> None:
+    bench = Bench(tmp_path)
+    bench.tables = Tables(bench.root.parent, bench.journal, between=_cut)
+    with pytest.raises(PowerCut):
+        bench.flush()
+    bench.tables = Tables(bench.root.parent, bench.journal)
+    assert len(bench.entries()) == 2 and bench.journal.flushed("results") == -1
+    bench.entries()[lost].unlink()
+    bench.tables.repair()
+    bench.tables.flush()
+    assert bench.stored() == list(range(10)) and bench.journal.count() == 0
+
+
+def test_what_follows_a_version_that_is_missing_is_set_aside_unless_a_checkpoint_has_it(bench: Bench) -> None:
+    for _ in range(4):
+        bench.flush()
+    opened, _ = bench.tables.snapshot("results")
+    assert opened is not None and opened.version() == 4
+    bench.entries()[3].unlink()
+    assert repair(bench.root, 1) == [4]
+    opened, _ = bench.tables.snapshot("results")
+    assert opened is not None and opened.version() == 2
+    opened.create_checkpoint()
+    for entry in bench.entries()[:2]:
+        entry.unlink()  # as the clean-up of the log does
+    assert repair(bench.root, -1) == [] and bench.stored() == list(range(20))
 
 
 def test_a_version_that_is_whole_is_kept(bench: Bench) -> None:
