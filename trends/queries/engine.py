@@ -25,7 +25,7 @@ from edgeward.wire.trend_query import Checked, Group, LineageQuery, TrendQuery, 
 from trends.columns import to_arrow
 from trends.journal import Journal
 from trends.models import Models
-from trends.queries.files import Wanted, data_files, local_path, prune
+from trends.queries.files import Wanted, alike, data_files, local_path, prune
 from trends.queries.plan import NOTHING, Plan, answer_sql, conditions, details_sql, merged_sql, plan
 from trends.queries.pools import Details
 from trends.schemas import TABLE_OF
@@ -274,11 +274,18 @@ def make_source(database: duckdb.DuckDBPyConnection, files: list[str], fresh: pa
     if not files:
         database.execute("CREATE TEMP VIEW source AS SELECT * FROM fresh")
         return
-    # Paths come from the table's log; as a literal they must not end the string.
-    listed = ", ".join("'" + path.replace("'", "''") + "'" for path in files)
-    read = f"read_parquet([{listed}], union_by_name=true, hive_partitioning=false)"
-    rows = " UNION ALL BY NAME SELECT * FROM fresh"
-    database.execute(f"CREATE TEMP VIEW source AS SELECT * FROM {read}{rows}")  # noqa: S608  # see above
+    # Read together are files with the same columns: to match them by name, DuckDB would open every file twice.
+    parts = [
+        f"SELECT * FROM read_parquet([{', '.join(map(_literal, same))}], hive_partitioning=false)"  # noqa: S608
+        for same in alike(files)
+    ]
+    rows = " UNION ALL BY NAME ".join([*parts, "SELECT * FROM fresh"])
+    database.execute(f"CREATE TEMP VIEW source AS {rows}")
+
+
+def _literal(path: str) -> str:
+    # Paths come from the table's log: they must not end the string.
+    return "'" + path.replace("'", "''") + "'"
 
 
 def arrow_of(database: duckdb.DuckDBPyConnection, sql: str, parameters: tuple[object, ...]) -> pa.Table:

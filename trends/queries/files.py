@@ -6,10 +6,13 @@ import datetime
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from edgeward.errors import InvalidDocument
@@ -95,6 +98,24 @@ def _bounds(columns: dict[str, Any], which: str, at: int) -> dict[str, str]:
         for name in COLUMNS
         if (key := f"{which}.{name}") in columns and columns[key][at] is not None
     }
+
+
+def alike(paths: Iterable[str]) -> list[list[str]]:
+    """Parquet files by the columns that they have: a column that came later is not in older files."""
+    found: dict[frozenset[str], list[str]] = {}
+    for path in paths:
+        try:
+            columns = _columns(path)
+        except (OSError, pa.ArrowException):
+            columns = frozenset()  # whoever reads it says what is wrong with it
+        found.setdefault(columns, []).append(path)
+    return list(found.values())
+
+
+@lru_cache(maxsize=1 << 16)
+def _columns(path: str) -> frozenset[str]:
+    # Data files never change, and each has a name of its own.
+    return frozenset(pq.read_schema(path, memory_map=True).names)
 
 
 def local_path(root: Path, path: str) -> str:
